@@ -1,0 +1,78 @@
+"""What a method says about itself: plain data, no torch.
+
+`distillbench list` reads these statements from a method's source without running it, so `info = MethodInfo(...)` is
+written with literals only (strings, numbers, tuples, `Claim(...)`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DOMAINS = ("diffusion", "language", "radiance")
+
+NEEDS = {
+    "labels": "class labels as conditions",
+    "text": "text conditions",
+    "real data": "real examples in training",
+    "second time": "a network that takes a second time",
+    "guidance input": "a network that takes the guidance scale as an input",
+    "log variance": "a network with a log-variance head",
+    "taps": "a network that shows its hidden features",
+    "lora": "a network that takes low-rank adapters",
+    "resized": "a network that can be made narrower",
+    "jvp": "a network through which forward-mode derivatives pass",
+}
+
+DATA_ACCESS = ("none", "conditions", "real", "teacher samples", "real and teacher samples")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A paper's headline or ablation as `better` beats `worse` on `metric` at `steps` evaluations.
+
+    `better` and `worse` name a method, if need be with changed knobs (`"dmd2(fake_per_gen=1)"`), or the teacher
+    (`"teacher"`, at the same number of evaluations). `margin` is the smallest difference that counts, in the metric's unit.
+    """
+
+    text: str
+    better: str
+    worse: str
+    metric: str
+    track: str = "mixture2d"
+    steps: int = 1
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """The card of a method. `trains` is "one student" (one training serves every step count) or "a student per step count"."""
+
+    id: str
+    version: int
+    title: str
+    paper: str
+    year: int
+    family: str
+    domain: tuple[str, ...]
+    needs: tuple[str, ...]
+    data_access: str
+    steps: tuple[int, ...]
+    trains: str = "one student"
+    deviations: tuple[str, ...] = ()
+    claims: tuple[Claim, ...] = ()
+
+    def __post_init__(self) -> None:
+        for domain in self.domain:
+            if domain not in DOMAINS:
+                raise ValueError(f"{self.id}: unknown domain {domain!r}; known: {', '.join(DOMAINS)}")
+        for need in self.needs:
+            if need not in NEEDS:
+                raise ValueError(f"{self.id}: unknown need {need!r}; known: {', '.join(NEEDS)}")
+        if self.data_access not in DATA_ACCESS:
+            raise ValueError(f"{self.id}: unknown data_access {self.data_access!r}; known: {', '.join(DATA_ACCESS)}")
+        if self.trains not in ("one student", "a student per step count"):
+            raise ValueError(f"{self.id}: trains is 'one student' or 'a student per step count', not {self.trains!r}")
+
+    @property
+    def per_step(self) -> bool:
+        return self.trains == "a student per step count"

@@ -1,0 +1,1 @@
+"""Reference implementations, one file a method."""
