@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 
 from .conditions import Conditions
 from .errors import ContractError
-from .info import Claim, MethodInfo
+from .info import Claim, MethodInfo, knob
 from .randomness import generator_for
 
 __all__ = [
     "Batch", "Claim", "Conditions", "Context", "ContractError", "Ema", "Method", "MethodInfo", "OptimizerConfig",
-    "Samples", "Source", "Stage", "Student", "Turn", "external", "is_external",
+    "Samples", "Source", "Stage", "Student", "Turn", "external", "is_external", "knob",
 ]  # fmt: skip
 
 Loss = Tensor | Mapping[str, Tensor] | None
@@ -232,12 +233,14 @@ class Method(ABC):
         """What is scored (the choice of EMA included)."""
 
 
+_EXTERNAL: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
 def external(module: nn.Module) -> nn.Module:
-    """Mark a module as shipped with the track: frozen, not part of a method's state, not in checkpoints."""
-    module._distillbench_external = True  # type: ignore[assignment]
-    module.requires_grad_(False)
-    return module.eval()
+    """Mark a module as shipped with the track: frozen, not part of a method's state, not in checkpoints. Copies are not marked."""
+    _EXTERNAL.update(module.modules())
+    return module.requires_grad_(False).eval()
 
 
 def is_external(module: nn.Module) -> bool:
-    return bool(getattr(module, "_distillbench_external", False))
+    return module in _EXTERNAL

@@ -6,7 +6,8 @@ written with literals only (strings, numbers, tuples, `Claim(...)`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 DOMAINS = ("diffusion", "language", "radiance")
 
@@ -76,3 +77,8 @@ class MethodInfo:
     @property
     def per_step(self) -> bool:
         return self.trains == "a student per step count"
+
+
+def knob(default: Any, doc: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A documented field of a method's `Config`, with the range (both ends allowed) or the choices that `--set` accepts."""
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices})

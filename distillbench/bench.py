@@ -1,0 +1,113 @@
+"""`bench`: what is missing of a plan is run, latency is measured, and a board is made of the records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from .budget import parse_budget
+from .discovery import discover, find
+from .display import Display
+from .jobs import TEACHER, Job, plan, resolve
+from .pool import run_jobs
+from .records import RunRecord
+from .store import Store
+from .tracks.facts import facts_of
+
+SHORT_LIST = {"digits": ("cd", "dmd2")}  # what `bench digits` runs when no methods are named; other tracks run every method
+
+
+def default_methods(track: str) -> list[str]:
+    """The methods of a bench that names none: all of them, or the track's short list, where they are for its domain."""
+    return [name for name in SHORT_LIST.get(facts_of(track).name, tuple(discover())) if name in discover()]
+
+
+def make_plan(track: str, methods: Sequence[str], *, budget: str, seeds: int, steps: Sequence[int] = (1, 2, 4),
+              settings: Mapping[str, str] | None = None) -> list[Job]:  # fmt: skip
+    """Every job of the plan, done or not; names, knobs and budget are checked here."""
+    from .tracks import get_track
+
+    parse_budget(budget, facts_of(track).budgets)
+    jobs = plan(facts_of(track).name, methods, budget=budget, seeds=range(seeds), steps=steps,
+                reference_steps=get_track(track).reference_steps, settings=settings)  # fmt: skip
+    for job in jobs:
+        resolve(job)
+    return jobs
+
+
+def still_missing(jobs: Sequence[Job], store: Store) -> list[Job]:
+    """The jobs without a record, and those that failed."""
+    known = {record.id: record for record in store.records()}
+
+    def settled(job: Job) -> bool:
+        record = known.get(resolve(job).record.id)
+        return record is not None and (record.ok or record.status.startswith("skipped"))
+
+    return [job for job in jobs if not settled(job)]
+
+
+def name_of(job: Job) -> str:
+    if job.is_reference:
+        return job.target
+    name = Path(job.target).stem if job.target.endswith(".py") else job.target
+    steps = f" {job.steps[0]}-step" if len(job.steps) == 1 and find(job.target).info.per_step else ""
+    return f"{name}{steps} {job.budget} seed {job.seed}"
+
+
+def run_plan(jobs: Sequence[Job], store: Store, workers: int, console: Console) -> list[RunRecord]:
+    """Run what is missing of a plan, with a live display; returns the records of what was run."""
+    todo = still_missing(jobs, store)
+    if not todo:
+        console.print(f"Nothing to run: all {len(jobs)} jobs of this plan are in {store.folder}.")
+        return []
+    trainings = [job for job in todo if not job.is_reference]
+    console.print(_arithmetic(trainings, len(jobs) - len(todo), workers))
+    with Display([name_of(job) for job in todo], workers) as display:
+        done = run_jobs(todo, store, workers, display.update)
+    return [done[number] for number in sorted(done)]
+
+
+def _arithmetic(trainings: Sequence[Job], known: int, workers: int) -> str:
+    """budget -> passes, before anything starts."""
+    if not trainings:
+        return "Only references are missing."
+    facts = facts_of(trainings[0].track)
+    budget = parse_budget(trainings[0].budget, facts.budgets)
+    each = f"{budget.amount:.3g} teacher passes" if budget.unit == "passes" else f"{budget.amount:g} {budget.unit}"
+    kept = f" ({known} jobs are already in the store)" if known else ""
+    return f"{facts.id}: {len(trainings)} trainings x {each} on {workers} worker{'s' if workers > 1 else ''}{kept}"
+
+
+def measure_missing(track: str, store: Store, console: Console) -> None:
+    """Latency of every student of seed 0 that has none yet, beside the teacher, serially."""
+    facts = facts_of(track)
+    timed = {(record.subject, record.steps) for record in store.latencies(facts.id)}
+    wanted = [
+        (record, steps)
+        for record in store.records(facts.id)
+        if record.ok and record.kind == "run" and record.seed == 0 and store.student_folder(record.id).is_dir()
+        for steps in record.steps
+        if (record.id, steps) not in timed
+    ]
+    if not wanted and (TEACHER, max(_steps(track))) in timed:
+        return
+    from .latency import measure
+    from .tracks import get_track
+
+    students = {}
+    for record, steps in wanted:
+        try:
+            students[record.id, steps] = find(record.method).load().student_type.load(store.student_folder(record.id))
+        except Exception as error:  # a stranger's class, or a damaged folder: the row stays without latency
+            console.print(f"no latency for {record.label}: {type(error).__name__}: {error}")
+    with Display([f"latency, {len(students)} students and the teacher"]) as display:
+        for latency in measure(get_track(track), students, say=lambda fraction: display.update(0, fraction, "interleaved rounds")):
+            store.add(latency)
+
+
+def _steps(track: str) -> tuple[int, ...]:
+    from .tracks import get_track
+
+    return get_track(track).reference_steps

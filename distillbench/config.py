@@ -1,0 +1,107 @@
+"""A method's knobs: from its defaults, a track's recipe and the command line, each checked and each remembered."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError, unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Tuned values of one method on one track, with the trials they took and the passes these cost."""
+
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    trials: int = 0
+    passes: float = 0.0
+
+
+def load_recipe(folder: Path, track: str, method: str) -> Recipe:
+    """The section `[method]` of `recipes/<track>.toml` beside the method's file; empty if there is none."""
+    path = folder / "recipes" / f"{track}.toml"
+    if not path.exists():
+        return Recipe()
+    try:
+        entry = tomllib.loads(path.read_text()).get(method, {})
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path.name} is no valid TOML: {error}") from None
+    tuning = entry.get("tuning", {})
+    return Recipe(entry.get("values", {}), int(tuning.get("trials", 0)), float(tuning.get("passes", 0.0)))
+
+
+def parse_settings(settings: typing.Iterable[str]) -> dict[str, str]:
+    """`["key=value", ...]` as a mapping."""
+    parsed = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set {setting!r} is not key=value")
+        parsed[key.strip()] = value.strip()
+    return parsed
+
+
+def make_config(config_class: type, method: str, *layers: Mapping[str, Any]) -> Any:
+    """The method's Config with the layers put over its defaults; text is read as the knob's type, and ranges are held."""
+    hints = typing.get_type_hints(config_class)
+    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    values: dict[str, Any] = {}
+    for layer in layers:
+        for name, raw in layer.items():
+            if name not in fields:
+                raise unknown(f"knob of {method}", name, fields)
+            values[name] = _check(method, fields[name], _read(method, name, raw, hints[name]))
+    try:
+        return config_class(**values)
+    except ValueError as error:
+        raise UsageError(f"{method}: {error}") from None
+
+
+def _read(method: str, name: str, raw: Any, hint: Any) -> Any:
+    """`raw` (text from the command line, or a TOML value) as the type `hint`."""
+    wanted = getattr(hint, "__name__", str(hint))
+    try:
+        if hint is bool:
+            table = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+            return raw if isinstance(raw, bool) else table[str(raw).lower()]
+        if isinstance(raw, bool):
+            raise ValueError
+        if hint is int:
+            if float(raw) != int(float(raw)):
+                raise ValueError
+            return int(float(raw))
+        if hint in (float, str):
+            return hint(raw)
+        if typing.get_origin(hint) is tuple:
+            wanted = "comma-separated numbers"
+            items = [part for part in raw.split(",") if part.strip()] if isinstance(raw, str) else list(raw)
+            return tuple(typing.get_args(hint)[0](item) for item in items)
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        if len(inner) == 1:  # X | None
+            return None if raw is None or str(raw).lower() == "none" else _read(method, name, raw, inner[0])
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise UsageError(f"knob {name} of {method} takes {wanted}, not {raw!r}") from None
+    raise UsageError(f"knob {name} of {method} cannot be set from text")
+
+
+def _check(method: str, field: dataclasses.Field, value: Any) -> Any:
+    meta = field.metadata
+    low, high, choices = meta.get("low"), meta.get("high"), meta.get("choices")
+    if choices and value not in choices:
+        raise unknown(f"value of knob {field.name} of {method}", str(value), choices)
+    for item in value if isinstance(value, tuple) else (value,):
+        number = isinstance(item, (int, float)) and not isinstance(item, bool)
+        if number and not ((low is None or item >= low) and (high is None or item <= high)):  # NaN fails both
+            span = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
+            raise UsageError(f"knob {field.name} of {method} is {item}; it goes from {span}")
+    return value
+
+
+def changed(config: Any) -> dict[str, Any]:
+    """The knobs of a config that differ from their defaults."""
+    default = type(config)()
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(default, f.name)}

@@ -1,0 +1,150 @@
+"""Entry points, files and objects -> methods. Reads a method's `info` from its source, so that listing imports no torch."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError, unknown
+from .info import Claim, MethodInfo
+
+if TYPE_CHECKING:
+    from .api import Method
+
+GROUP = "distillbench.methods"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A method that was found: its card, where it is written, and how to load it. module is None for a lone file."""
+
+    info: MethodInfo
+    path: Path
+    class_name: str
+    module: str | None = None
+
+    def load(self) -> type[Method]:
+        """Import the class (this runs the method's file, and imports torch)."""
+        module = importlib.import_module(self.module) if self.module else _import_file(self.path)
+        return getattr(module, self.class_name)
+
+    @property
+    def source_sha256(self) -> str:
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+
+def discover() -> dict[str, Found]:
+    """Every installed method by id."""
+    found: dict[str, Found] = {}
+    for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
+        module, _, class_name = entry.value.partition(":")
+        path = _source_of(module, entry.name)
+        info = _one_info(path, class_name)
+        if info.id in found and found[info.id].path != path:
+            raise UsageError(f"two installed methods are called {info.id!r}: {found[info.id].path.name} and {path.name}; rename one")
+        found[info.id] = Found(info, path, class_name, module)
+    return found
+
+
+@lru_cache
+def _source_of(module: str, name: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(module)
+    except ImportError:
+        spec = None
+    if spec is None or spec.origin is None:
+        raise UsageError(f"the entry point {name!r} of group {GROUP} names {module!r}, which cannot be found; reinstall that package")
+    return Path(spec.origin)
+
+
+def find(target: Any) -> Found:
+    """A method by id, by file (`path.py` or `path.py:Class`), or by class."""
+    if inspect.isclass(target):
+        return Found(target.info, Path(inspect.getfile(target)), target.__qualname__, target.__module__)
+    text = str(target)
+    head, _, class_name = text.rpartition(":") if ".py:" in text else (text, "", "")
+    if head.endswith(".py"):
+        path = Path(head)
+        if not path.is_file():
+            raise UsageError(f"no file {head!r}; name a method's id, or a file path.py or path.py:Class")
+        chosen = class_name or _only_class(path)
+        return Found(_one_info(path, chosen), path, chosen)
+    methods = discover()
+    if text not in methods:
+        raise unknown("method", text, methods)
+    return methods[text]
+
+
+def _only_class(path: Path) -> str:
+    names = list(_classes(path))
+    if len(names) != 1:
+        what = "no method (a class with `info = MethodInfo(...)`)" if not names else f"{len(names)} methods ({', '.join(names)})"
+        raise UsageError(f"{path.name} holds {what}; " + ("write one, or see docs/write-a-method.md" if not names else f"say which: {path.name}:{names[0]}"))
+    return names[0]
+
+
+@lru_cache
+def _classes(path: Path) -> dict[str, ast.Call]:
+    """The classes of a file that state an `info = MethodInfo(...)`."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        raise UsageError(f"{path.name} is no valid Python: {error}") from None
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            for item in node.body:
+                targets = item.targets if isinstance(item, ast.Assign) else [item.target] if isinstance(item, ast.AnnAssign) else []
+                value = getattr(item, "value", None)
+                if any(isinstance(t, ast.Name) and t.id == "info" for t in targets) and isinstance(value, ast.Call):
+                    found[node.name] = value
+    return found
+
+
+def _one_info(path: Path, class_name: str) -> MethodInfo:
+    classes = _classes(path)
+    if class_name not in classes:
+        raise unknown(f"method class in {path.name}", class_name, classes)
+    try:
+        info = _literal(classes[class_name])
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{path.name}: the info of {class_name} is wrong: {error}") from None
+    if not isinstance(info, MethodInfo):
+        raise UsageError(f"{path.name}: the info of {class_name} is no MethodInfo(...)")
+    return info
+
+
+def _literal(node: ast.expr) -> Any:
+    """A literal in which MethodInfo(...) and Claim(...) may stand."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("MethodInfo", "Claim"):
+        kind: Any = MethodInfo if node.func.id == "MethodInfo" else Claim
+        if any(keyword.arg is None for keyword in node.keywords):
+            raise ValueError("** is not read here; write its fields as literals")
+        return kind(*[_literal(a) for a in node.args], **{str(k.arg): _literal(k.value) for k in node.keywords})
+    if isinstance(node, ast.Tuple):
+        return tuple(_literal(item) for item in node.elts)
+    return ast.literal_eval(node)
+
+
+def _import_file(path: Path) -> Any:
+    name = f"distillbench_file_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path.name} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UsageError(f"{path.name} fails on import: {type(error).__name__}: {error}") from error
+    return module

@@ -1,0 +1,151 @@
+"""What the command line prints: lists, boards, single records. No torch here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .discovery import discover
+from .leaderboard import Board, render
+from .published import published_store
+from .records import RunRecord
+from .store import Store
+from .tracks.facts import FACTS, facts_of
+
+Rows = list[dict[str, Any]]
+
+
+def method_rows() -> Rows:
+    """One row a method, from its card."""
+    rows = []
+    for name, found in discover().items():
+        info = found.info
+        rows.append({
+            "id": name, "family": info.family, "domain": list(info.domain), "needs": list(info.needs), "title": info.title,
+            "paper": info.paper, "year": info.year, "version": info.version, "data_access": info.data_access,
+            "steps": list(info.steps), "trains": info.trains, "deviations": list(info.deviations),
+            "claims": [claim.text for claim in info.claims],
+        })  # fmt: skip
+    return rows
+
+
+def track_rows() -> Rows:
+    return [
+        {"id": facts.id, "title": facts.title, "teacher": facts.teacher, "main": facts.main, "scores": list(facts.columns), "budgets": facts.budgets}
+        for facts in FACTS.values()
+    ]
+
+
+def metric_rows() -> Rows:
+    """Every score of every track with its line of the glossary."""
+    rows = []
+    for facts in FACTS.values():
+        told = {}
+        for part in facts.glossary.split("; "):
+            names, _, meaning = part.partition(": ")
+            for name in names.replace(" and ", ",").split(","):
+                told[name.strip()] = meaning
+        rows += [{"name": name, "track": facts.id, "main": name == facts.main, "meaning": told.get(name, "")} for name in facts.columns]
+    return rows
+
+
+def zoo_rows() -> Rows:
+    from .errors import BadFileError
+    from .teachers.cards import read_card
+    from .teachers.zoo import ZOO
+
+    rows = []
+    for entry in ZOO.values():
+        try:
+            card = read_card(entry.folder)
+        except BadFileError as error:
+            rows.append({"name": entry.name, "what": entry.title, "parameters": "-", "recipe": str(error), "sha256": "-"})
+            continue
+        recipe = f"distillbench zoo train {entry.name}"
+        rows.append({"name": entry.name, "what": f"{entry.title} ({entry.cost})", "parameters": f"{card.get('parameters', 0):,}", "recipe": recipe,
+                     "sha256": card["sha256"][:12]})  # fmt: skip
+    return rows
+
+
+LISTS: dict[str, Callable[[], Rows]] = {"methods": method_rows, "tracks": track_rows, "metrics": metric_rows}
+_SHOWN = {
+    "methods": ("id", "family", "year", "needs", "data_access", "steps", "title"),
+    "tracks": ("id", "title", "teacher", "main", "budgets"),
+    "metrics": ("name", "track", "meaning"),
+    "zoo": ("name", "what", "parameters", "sha256", "recipe"),
+}
+
+
+def print_rows(what: str, rows: Rows) -> None:
+    """A table that fits the terminal."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in _SHOWN[what]:
+        table.add_column(column.replace("_", " "))
+    for row in rows:
+        table.add_row(*[_text(row[column]) for column in _SHOWN[what]])
+    console().print(table)
+
+
+def console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "-"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {amount:.2g}" for key, amount in value.items())
+    return str(value)
+
+
+def board_of(track: str, store: Store, *, published: bool = False) -> Board:
+    """The board of a store's records, with the published ones beside them if asked for."""
+    facts = facts_of(track)
+    stores = [store, published_store(track)] if published else [store]
+    records = {record.id: record for held in reversed(stores) for record in held.records(facts.id)}
+    latencies = [latency for held in reversed(stores) for latency in held.latencies(facts.id)]
+    return Board.from_records(records.values(), latencies, facts)
+
+
+def print_board(track: str, store: Store) -> None:
+    """The leaderboard, its picture, and what to type next."""
+    from .pictures import draw, panels
+
+    facts = facts_of(track)
+    board = board_of(track, store)
+    print(render(board, "terminal", width=max(80, min(160, console().width)), color=sys.stdout.isatty()))
+    found = panels(board, store)
+    if found:
+        path = store.folder / f"{facts.name}.png"
+        draw(found, path, f"{facts.id}: what the samples look like")
+        print(f"\nPicture: {path}")
+    print(f"Again at any time: distillbench board {facts.name}. With the published rows: distillbench board {facts.name} --published.")
+
+
+def print_record(record: RunRecord) -> None:
+    """One record as a person reads it."""
+    out = console()
+    budget = record.budget or {}
+    out.print(f"[bold]{record.label}[/] on {record.track}, seed {record.seed}, budget {budget.get('name', 'none')}: {record.status}")
+    out.print(f"run {record.id}, trained for {_text(record.trained_for)} steps, {record.parameters or 0:,} parameters")
+    if record.spent:
+        spent = record.spent
+        out.print(
+            f"spent {spent.get('passes', 0):,.0f} teacher passes in {spent.get('seconds', 0):.1f} s: {spent.get('updates', 0):,.0f} updates, "
+            f"{spent.get('images', 0):,.0f} examples, {spent.get('peak_memory_mb', 0):,.0f} MB"
+        )
+    if record.scores:
+        names = [score["name"] for score in next(iter(record.scores.values()))]
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        table.add_column("steps")
+        for name in names:
+            table.add_column(name, justify="right")
+        for steps, scores in record.scores.items():
+            table.add_row(steps, *["-" if score["value"] is None else f"{score['value']:.4g}" for score in scores])
+        out.print(table)
+    if record.config:
+        out.print("knobs: " + ", ".join(f"{name}={value}" for name, value in record.config.items()))

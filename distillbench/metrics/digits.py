@@ -1,0 +1,121 @@
+"""What the track `digits` measures on images: features of its classifier against 1,000 held-out digits, and pixels against the training images."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.digits import CLASSES, load_digits
+from ..teachers.digits_classifier import features_of, labels_of
+from .arrays import Array, as_float64
+from .diversity import group_diversity
+from .frechet import frechet_distance
+from .prdc import prdc
+from .score import bootstrap
+
+PER_CLASS = 200
+FIRST_SEED = 1_000_000
+RESAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the scores see of n images. features: (n, 64).  labels: asked for, (n,).  agrees: 1 where the classifier sees that label, (n,).
+
+    nearest: distance to the nearest training image, root mean square over pixels of [-1, 1], (n,).
+    """
+
+    features: Array
+    labels: Array
+    agrees: Array
+    nearest: Array
+
+
+def evaluation_labels() -> Tensor:
+    """The labels (2,000,) of the samples that are scored: 0 to 9, again and again."""
+    return torch.arange(PER_CLASS * CLASSES) % CLASSES
+
+
+def evaluation_seeds() -> range:
+    """Their seeds."""
+    return range(FIRST_SEED, FIRST_SEED + PER_CLASS * CLASSES)
+
+
+def see(x: Tensor, labels: Tensor) -> Seen:
+    """Images (n, 1, 28, 28), clipped to [-1, 1], and the labels (n,) that were asked for."""
+    x = x.float().cpu().clamp(-1, 1)
+    features = features_of(x)
+    agrees = labels_of(features) == labels
+    return Seen(as_float64(features, "features of samples"), as_float64(labels), as_float64(agrees), as_float64(nearest_training(x)))
+
+
+@cache
+def held_out() -> Seen:
+    """The reference: 1,000 images, 100 of each class."""
+    digits = load_digits("held-out")
+    return see(digits.images, digits.labels)
+
+
+def nearest_training(x: Tensor) -> Tensor:
+    """Distance (n,) from each image to the nearest training image: root mean square over pixels.
+
+    Found in float32 through a matrix product, then measured in float64, so that a copy is at 0.
+    """
+    rows, others = x.flatten(1), load_digits("train").images.flatten(1)
+    norms = others.square().sum(1)
+    index = torch.cat([torch.addmm(norms, part, others.T, alpha=-2).argmin(1) for part in rows.split(500)])
+    return (rows.double() - others[index].double()).square().mean(1).sqrt()
+
+
+def diversity(features: Array, labels: Array) -> float:
+    """Mean distance between two images of one class, relative to that of the held-out images."""
+    return group_diversity(features, labels, distance="euclidean") / _held_out_spread()
+
+
+@cache
+def _held_out_spread() -> float:
+    return group_diversity(held_out().features, held_out().labels, distance="euclidean")
+
+
+def values(seen: Seen, teacher_features: Array | None) -> dict[str, float]:
+    """The scores by name; `fidelity-fd` only where features (m, 64) of the teacher's own samples are given."""
+    reference = held_out()
+    shares = prdc(seen.features, reference.features)
+    found = {
+        "fd": frechet_distance(seen.features, reference.features),
+        **shares._asdict(),
+        "label-agreement": float(seen.agrees.mean()),
+        "diversity": diversity(seen.features, seen.labels),
+        "nearest": float(np.median(seen.nearest) / np.median(reference.nearest)),
+    }
+    if teacher_features is not None:
+        found["fidelity-fd"] = frechet_distance(seen.features, teacher_features)
+    return found
+
+
+def deviations(seen: Seen, found: dict[str, float], teacher_features: Array | None) -> dict[str, float]:
+    """Standard deviations of `values` over fresh samples, the reference held fixed: by the bootstrap, and for shares by the binomial.
+
+    Precision, recall and coverage are shares of rows inside balls. Resampled rows coincide and would shrink the balls, so theirs is
+    sqrt(p (1 - p) / n) over the rows that are counted; that of density is taken as if its counts were of Poisson's kind.
+    """
+    reference = held_out()
+    centre = float(np.median(reference.nearest))
+    found_by_bootstrap = {
+        "fd": bootstrap(lambda rows: frechet_distance(rows, reference.features), [seen.features], resamples=RESAMPLES, seed=0),
+        "label-agreement": bootstrap(lambda rows: float(rows.mean()), [seen.agrees], resamples=RESAMPLES, seed=0),
+        "diversity": bootstrap(diversity, [(seen.features, seen.labels)], resamples=RESAMPLES, seed=0),
+        "nearest": bootstrap(lambda rows: float(np.median(rows)) / centre, [seen.nearest], resamples=RESAMPLES, seed=0),
+    }
+    if teacher_features is not None:
+        found_by_bootstrap["fidelity-fd"] = bootstrap(
+            lambda rows: frechet_distance(rows, teacher_features), [seen.features], resamples=RESAMPLES, seed=0
+        )
+    n, m = len(seen.features), len(reference.features)
+    counted = {"precision": n, "recall": m, "coverage": m}
+    return found_by_bootstrap | {name: math.sqrt(found[name] * (1 - found[name]) / rows) for name, rows in counted.items()}

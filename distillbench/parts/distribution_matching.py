@@ -1,0 +1,81 @@
+"""Distribution matching: descend KL(student || teacher), averaged over noise levels, with two denoisers.
+
+DMD (Yin et al. 2023, arXiv 2311.18828, algorithm 2) and what builds on it. At x_t = alpha x + sigma eps the gradient of the KL
+divergence is proportional to fake(x_t, t) - real(x_t, t): posterior means of x under the student's and the teacher's samples.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..conditions import Conditions
+from ..diffusion.base import Schedule, broadcast
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.schedules import match_time
+from ..diffusion.solvers import jump
+from ..errors import unknown
+
+WEIGHTINGS = ("inv_l1", "sigma/alpha", "sigma^3/alpha", "none")
+
+
+def mean_per_sample(x: Tensor) -> Tensor:
+    """The mean over all axes but the batch, kept as axes of length 1: (n, 1, ..., 1)."""
+    return x.mean(dim=tuple(range(1, x.dim())), keepdim=True)
+
+
+def matching_gradient(x: Tensor, real: Tensor, fake: Tensor, path: Schedule, t: Tensor, *, weighting: str = "inv_l1",
+                      floor: float = 1e-3) -> Tensor:  # fmt: skip
+    """The direction g (n, *shape) along which each sample x is to fall: (fake - real) times a weight.
+
+    real, fake: x0 predictions at x_t.  t: (n,), read by the two fixed weights only.
+    inv_l1: 1 / mean |x - real|, one number a sample, at least `floor` in the denominator (the paper's).
+    sigma/alpha, sigma^3/alpha: w_t of DreamFusion and ProlificDreamer in w_t alpha (s_fake - s_real), s the scores.  none: 1.
+    """
+    gap = fake - real
+    if weighting == "inv_l1":
+        return gap / mean_per_sample((x - real).abs()).clamp_min(floor)
+    if weighting == "sigma/alpha":
+        return gap * broadcast(path.alpha(t) / path.sigma(t), x)
+    if weighting == "sigma^3/alpha":
+        return gap * broadcast(path.alpha(t) * path.sigma(t), x)
+    if weighting == "none":
+        return gap
+    raise unknown("weighting", weighting, WEIGHTINGS)
+
+
+def surrogate(x: Tensor, gradient: Tensor) -> Tensor:
+    """A loss whose gradient at x is `gradient` / x.numel(). Its value, half the mean square of `gradient`, is no divergence."""
+    return 0.5 * (x - (x - gradient).detach()).square().mean()
+
+
+def matching_loss(x: Tensor, t: Tensor, noise: Tensor, conditions: Conditions, teacher: Denoiser, fake: Denoiser, *,
+                  guidance_scale: float = 1.0, weighting: str = "inv_l1", floor: float = 1e-3) -> Tensor:  # fmt: skip
+    """L_DM for samples x (n, *shape) at times t (n,): no gradient reaches or passes through either score.
+
+    The teacher is guided, the fake score never is.
+    """
+    with torch.no_grad():
+        x_t = jump(teacher.path, x, noise, t)
+        real = teacher.x0(x_t, t, conditions, guidance_scale=guidance_scale)
+        gradient = matching_gradient(x, real, fake.x0(x_t, t, conditions), teacher.path, t, weighting=weighting, floor=floor)
+    return surrogate(x, gradient)
+
+
+def fake_score_loss(fake: Denoiser, x: Tensor, t: Tensor, noise: Tensor, conditions: Conditions) -> Tensor:
+    """Denoising score matching on samples x (n, *shape), which are held fixed, in what the network itself predicts.
+
+    velocity and eps networks: plain mean squared error.  score networks: that of eps = -sigma score.
+    x0 networks: weighted by alpha^2 / sigma^2 + 1 / 0.5^2 (Karras et al. 2022, sigma_data 0.5).
+    """
+    own = fake.on(fake.schedule)
+    t = match_time(fake.path, t, own.path)
+    x = x.detach()
+    prediction = own.predict(jump(own.path, x, noise, t), t, conditions)
+    if fake.prediction == "velocity":
+        target = broadcast(own.path.d_alpha(t), x) * x + broadcast(own.path.d_sigma(t), x) * noise
+        return (prediction.velocity - target).square().mean()
+    if fake.prediction == "x0":
+        weight = (own.path.alpha(t) / own.path.sigma(t)) ** 2 + 4.0
+        return (broadcast(weight, x) * (prediction.x0 - x).square()).mean()
+    return (prediction.eps - noise).square().mean()

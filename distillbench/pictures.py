@@ -1,0 +1,91 @@
+"""Pictures of samples: truth, teacher and students side by side, from the previews that runs leave. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from .leaderboard import Board, Row
+from .store import Store
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A title and samples: (n, 2) points or (n, 1, h, w) images in [-1, 1], with their labels."""
+
+    title: str
+    x: np.ndarray
+    label: np.ndarray
+
+
+def panels(board: Board, store: Store) -> list[Panel]:
+    """Truth, the teacher at 2 and at most evaluations, and each method's rows at up to 2 evaluations, first seed."""
+    chosen: list[tuple[str, Row]] = []
+    rows = list(board.rows)
+    last = max((row.steps for row in rows if row.kind == "reference" and not row.is_truth), default=0)
+    for row in rows:
+        if row.is_truth:
+            chosen.insert(0, ("truth", row))
+        elif row.kind == "reference" and row.steps in (2, last):
+            chosen.append((f"teacher, {row.steps} evaluations", row))
+    budget = board.budgets[-1] if board.budgets else None
+    students = [row for row in rows if row.kind == "run" and row.budget == budget and row.steps <= 2 and row.seeds]
+    for row in sorted(students, key=lambda row: (row.steps, row.rank or 99)):
+        chosen.append((f"{row.label}, {row.steps} evaluation{'s' if row.steps > 1 else ''}", row))
+    found = []
+    for title, row in chosen:
+        panel = next((p for p in (_load(store.student_folder(i), row.steps, title) for i in row.run_ids) if p), None)
+        if panel is not None:
+            found.append(panel)
+    return found
+
+
+def _load(folder: Path, steps: int, title: str) -> Panel | None:
+    path = folder / f"preview-{steps}.safetensors"
+    try:
+        held = load_file(path)
+        return Panel(title, held["x"].astype(np.float32), held["label"])
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def draw(found: Sequence[Panel], path: Path, heading: str) -> None:
+    """Write one picture of all panels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = min(4, len(found))
+    rows = -(-len(found) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 3.3 * rows + 0.5), squeeze=False, layout="constrained")
+    figure.suptitle(heading, fontsize=12)
+    limit = 1.05 * max((float(np.quantile(np.abs(panel.x), 0.999)) for panel in found if panel.x.ndim == 2), default=1.0)
+    for axis, panel in zip(axes.flat, found, strict=False):
+        _draw_one(axis, panel, limit)
+    for axis in list(axes.flat)[len(found) :]:
+        axis.axis("off")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _draw_one(axis: Any, panel: Panel, limit: float) -> None:
+    axis.set_title(panel.title, fontsize=9)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    if panel.x.ndim == 2:
+        axis.scatter(panel.x[:, 0], panel.x[:, 1], c=panel.label, cmap="tab10", s=2.0, linewidths=0, alpha=0.7)
+        axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+        return
+    side = int(len(panel.x) ** 0.5)
+    images = panel.x[: side * side, 0]
+    height, width = images.shape[1:]
+    grid = images.reshape(side, side, height, width).transpose(0, 2, 1, 3).reshape(side * height, side * width)
+    axis.imshow(-grid, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")

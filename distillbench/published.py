@@ -1,0 +1,21 @@
+"""Published records: read-only, shipped with the package, shown only when asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .store import Store
+from .tracks.facts import facts_of
+
+_HERE = Path(__file__).parent
+
+
+def published_folder(track: str) -> Path:
+    """The folder of a track's published records: inside an installed package, or `leaderboards/` of a checkout."""
+    name = facts_of(track).name
+    installed = _HERE / "published" / name
+    return installed if installed.is_dir() else _HERE.parent / "leaderboards" / name
+
+
+def published_store(track: str) -> Store:
+    return Store(published_folder(track), read_only=True)

@@ -1,0 +1,255 @@
+"""One job from start to record: build, train, save the student, score it. Whatever goes wrong becomes a row that says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import resource
+import shutil
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .api import Conditions, Context, Samples, Student
+from .budget import Budget
+from .diffusion.solvers import SOLVERS, time_grid
+from .errors import ContractError, NonFiniteError, UsageError
+from .jobs import TEACHER, TRUTH, Job, Resolved, resolve
+from .networks.files import sha256_file
+from .randomness import sample_noise
+from .records import RunRecord
+from .store import Store
+from .tracks import get_track
+from .tracks.base import Track
+from .training.loop import Interrupted, Loop, Progress
+from .training.meter import Tracer, networks_of, pass_cost
+
+CHUNK = 1024  # samples generated at a time
+Report = Callable[[float, str], None]  # fraction of the job in [0, 1], what is going on
+
+
+def execute(job: Job, store: Store, report: Report | None = None) -> RunRecord:
+    """Run a job and store its record; a job that is already done is returned as it is.
+
+    A method's failure becomes a record with status "failed: why". `Interrupted` and `UsageError` pass through.
+    """
+    resolved = resolve(job)
+    known = store.get(resolved.record.id)
+    if known is not None and (known.ok or known.status.startswith("skipped")):
+        return known
+    torch.set_num_threads(job.threads)
+    say = report or (lambda fraction, what: None)
+    try:
+        record = _reference(resolved, store, say) if job.is_reference else _run(resolved, store, say)
+    except (Interrupted, KeyboardInterrupt, UsageError):
+        raise
+    except Exception as error:
+        record = dataclasses.replace(resolved.record, status=f"failed: {_one_line(error)}")
+        if os.environ.get("DISTILLBENCH_DEBUG"):
+            traceback.print_exc()
+    record = record.scrubbed()
+    store.add(record)
+    return record
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, (ContractError, NonFiniteError)):
+        return text
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {text or 'no message'} ({Path(where.filename).name}:{where.lineno})"
+
+
+def _run(resolved: Resolved, store: Store, say: Report) -> RunRecord:
+    job, record = resolved.job, resolved.record
+    track = get_track(job.track)
+    assert resolved.found is not None
+    missing = track.missing(resolved.found.info)
+    if missing:
+        return dataclasses.replace(record, status=f"skipped: {missing}")
+    _reset_peak_memory(job.device)
+    method, context = build(resolved, track, store.run_folder(record.id))
+    assert record.budget is not None
+    loop = Loop(
+        method, context, track.source(), Budget(record.budget["name"], record.budget["amount"], record.budget["unit"]),
+        unit=pass_cost(track.teacher(), track.shape, track.catalog()), batch_size=track.batch_size, run=record.id,
+        folder=store.run_folder(record.id), precision=job.dtype, turn_limit=float(os.environ.get("DISTILLBENCH_TURN_LIMIT", "600")),
+        report=lambda progress: say(0.95 * progress.fraction, _told(progress)), warn=lambda line: say(0.0, line),
+    )  # fmt: skip
+    spent = loop.train()
+    student = method.distilled()
+    folder = _save_student(student, store.student_folder(record.id))
+    scores, evaluations = {}, {}
+    for number, steps in enumerate(job.steps):
+        say(0.95 + 0.05 * number / len(job.steps), f"scoring {steps} steps")
+        samples = sample_student(student, track, steps, device=job.device)
+        _keep_preview(folder, steps, samples.x, track)
+        scores[str(steps)] = [score.to_json() for score in track.score(samples.x)]
+        evaluations[str(steps)] = samples.evaluations
+    used = {**dataclasses.asdict(spent), "peak_memory_mb": _peak_memory(job.device)}
+    (folder / "losses.json").write_text(json.dumps(loop.position.losses))
+    return dataclasses.replace(
+        record, status="ok", scores=scores, evaluations=evaluations, spent=used, parameters=_parameters(student),
+        checksums={"student": _checksum(folder)}, data_access=record.data_access,
+    )  # fmt: skip
+
+
+def build(resolved: Resolved, track: Track, folder: Path | None) -> tuple[Any, Context]:
+    """The method, built, and what it was built from."""
+    job = resolved.job
+    context = Context(
+        teacher=track.teacher().to(job.device), shape=track.shape, steps=tuple(resolved.record.trained_for), seed=job.seed,
+        device=job.device, guidance=track.guidance, catalog=track.catalog(), folder=folder,
+    )  # fmt: skip
+    method = resolved.method_class(resolved.config)
+    method.build(context)
+    return method, context
+
+
+def _told(progress: Progress) -> str:
+    return f"{progress.stage}, {progress.spent.passes:.2g} passes"
+
+
+# ---------------------------------------------------------------------- samples
+
+
+def sample_student(student: Student, track: Track, steps: int, *, device: str = "cpu") -> Samples:
+    """The evaluation samples of a student, checked: shape, finiteness, and the evaluations that it says it spends."""
+    conditions, seeds = track.evaluation()
+    parts, claimed = [], 0
+    with Watch(student) as watch:
+        for start in range(0, len(conditions), CHUNK):
+            part = slice(start, min(start + CHUNK, len(conditions)))
+            samples = student.generate(conditions[part].to(device), steps=steps, seeds=list(seeds[part]))
+            wanted = (part.stop - part.start, *track.shape)
+            if tuple(samples.x.shape) != wanted:
+                raise ContractError(f"the student returned samples of shape {tuple(samples.x.shape)} at {steps} steps, not {wanted}")
+            parts.append(samples.x.float().cpu())
+            claimed = samples.evaluations
+    x = torch.cat(parts)
+    if not torch.isfinite(x).all():
+        raise NonFiniteError(f"the student's samples at {steps} steps are not finite")
+    if watch.rows > claimed * len(conditions):
+        raise ContractError(f"the student says {claimed} evaluations at {steps} steps and spends {watch.rows / len(conditions):g}")
+    return Samples(x, claimed)
+
+
+class Watch:
+    """Counts the examples that pass through a student's networks while it is active."""
+
+    def __init__(self, student: Student):
+        held = [value for value in vars(student).values() if isinstance(value, nn.Module)]
+        self.tracer = Tracer()
+        self.tracer.watch(networks_of(held))
+        self._recording = self.tracer.recording()
+
+    def __enter__(self) -> Watch:
+        self._recording.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._recording.__exit__(None, None, None)
+        self.tracer.close()
+
+    @property
+    def rows(self) -> int:
+        return sum(entry[3][0][0] for entry in self.tracer.entries if isinstance(entry[3], tuple))
+
+
+@torch.no_grad()
+def sample_teacher(track: Track, steps: int, *, device: str = "cpu", conditions: Conditions | None = None,
+                   seeds: Sequence[int] | None = None) -> Samples:  # fmt: skip
+    """The teacher's samples with the track's solver, from the noise and conditions that every student gets."""
+    teacher = track.teacher().to(device)
+    if conditions is None or seeds is None:
+        conditions, seeds = track.evaluation()
+    times = time_grid(teacher.path, steps)
+    parts = []
+    for start in range(0, len(conditions), CHUNK):
+        part = slice(start, min(start + CHUNK, len(conditions)))
+        x = sample_noise(list(seeds[part]), track.shape).to(device) * float(teacher.path.sigma(times[0]))
+        parts.append(SOLVERS[track.solver](teacher, x, conditions[part].to(device), times, guidance_scale=track.guidance).float().cpu())
+    return Samples(torch.cat(parts), steps * teacher.evaluations(track.guidance))
+
+
+def _reference(resolved: Resolved, store: Store, say: Report) -> RunRecord:
+    job, record = resolved.job, resolved.record
+    track = get_track(job.track)
+    folder = store.student_folder(record.id)
+    folder.mkdir(parents=True, exist_ok=True)
+    scores, evaluations = {}, {}
+    for number, steps in enumerate(job.steps):
+        say(number / len(job.steps), f"{job.target} at {steps} evaluations" if job.target == TEACHER else "truth against truth")
+        if job.target == TRUTH:
+            scores[str(steps)], evaluations[str(steps)] = [score.to_json() for score in track.floor()], 0
+            _keep_preview(folder, steps, track.truth(), track)
+            continue
+        samples = sample_teacher(track, steps, device=job.device)
+        _keep_preview(folder, steps, samples.x, track)
+        scores[str(steps)] = [score.to_json() for score in track.score(samples.x)]
+        evaluations[str(steps)] = samples.evaluations
+    parameters = sum(p.numel() for p in track.teacher().parameters()) if job.target == TEACHER else None
+    return dataclasses.replace(record, status="ok", scores=scores, evaluations=evaluations, parameters=parameters)
+
+
+def _keep_preview(folder: Path, steps: int, x: Tensor, track: Track) -> None:
+    """Some of the samples, evenly over the conditions, for pictures."""
+    rows = torch.linspace(0, len(x) - 1, min(track.preview, len(x))).long()
+    conditions, _ = track.evaluation()
+    labels = conditions[rows].field("label") if "label" in conditions else torch.zeros(len(rows))
+    save_file({"x": x[rows].half(), "label": labels.short()}, folder / f"preview-{steps}.safetensors")
+
+
+# ---------------------------------------------------------------------- files and memory
+
+
+def _save_student(student: Student, folder: Path) -> Path:
+    """Whole or not at all; an older attempt at the same run is replaced."""
+    beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    student.save(beside)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(beside, folder)
+    return folder
+
+
+def _checksum(folder: Path) -> str:
+    files = sorted(folder.glob("*.safetensors"))
+    weights = [file for file in files if not file.name.startswith("preview-")]
+    if len(weights) == 1:
+        return sha256_file(weights[0])
+    return hashlib.sha256("".join(sha256_file(file) for file in weights).encode()).hexdigest()
+
+
+def _parameters(student: Student) -> int | None:
+    modules = [value for value in vars(student).values() if isinstance(value, nn.Module)]
+    return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values()) or None
+
+
+def _reset_peak_memory(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # elsewhere than on Linux the figure is the process's own peak
+
+
+def _peak_memory(device: str) -> float:
+    """Megabytes at the peak: of the accelerator, or of the process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,69 @@
+"""What a board must know of a track without loading it: plain data, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import unknown
+
+
+@dataclass(frozen=True)
+class TrackFacts:
+    """id: name@version.  main: the score that ranks.  columns: scores in the order of a board.
+
+    glossary: what the scores mean, one line.  teacher: the teacher in a few words (its solver stands in its records).
+    budgets: teacher passes under S, M and L.  latency_batch: the batch of the track's second latency column.
+    """
+
+    id: str
+    title: str
+    main: str
+    columns: tuple[str, ...]
+    glossary: str
+    teacher: str
+    budgets: dict[str, float]
+    latency_batch: int
+
+    @property
+    def name(self) -> str:
+        return self.id.partition("@")[0]
+
+
+FACTS: dict[str, TrackFacts] = {
+    "mixture2d": TrackFacts(
+        id="mixture2d@1",
+        title="a class-conditional mixture of 32 Gaussians in the plane, truth known",
+        main="in-mode",
+        columns=("in-mode", "sliced-w2", "mode-tv", "within-w2", "coverage", "class-acc", "fidelity-w2"),
+        glossary=(
+            "in-mode: samples inside a mode of their class; sliced-w2, within-w2: Wasserstein distance to the truth, overall and within "
+            "modes; mode-tv: error of the modes' masses (total variation); coverage: modes reached; class-acc: samples that the exact "
+            "posterior gives their class; fidelity-w2: distance to the teacher's own samples"
+        ),
+        teacher="MLP fitted to the exact score",
+        budgets={"S": 4e6, "M": 1.6e7, "L": 6.4e7},
+        latency_batch=256,
+    ),
+    "digits": TrackFacts(
+        id="digits@1",
+        title="handwritten digits, 28x28, by class",
+        main="fd",
+        columns=("fd", "precision", "recall", "density", "coverage", "label-agreement", "diversity", "nearest", "fidelity-fd"),
+        glossary=(
+            "fd: Fréchet distance to held-out digits on an embedded classifier's features (not FID); precision, density: samples near "
+            "real digits; recall, coverage: real digits near samples; label-agreement: samples that the classifier gives their class; "
+            "diversity: distance within a class; nearest: distance to the nearest training image; fidelity-fd: fd to the teacher's samples"
+        ),
+        teacher="flow transformer trained on 4,000 digits",
+        budgets={"S": 1e5, "M": 4e5, "L": 1.6e6},
+        latency_batch=16,
+    ),
+}
+
+
+def facts_of(track: str) -> TrackFacts:
+    """The facts of a track by name or name@version; raises `UsageError` with the nearest names."""
+    name = track.partition("@")[0]
+    if name not in FACTS or track not in (name, FACTS[name].id):
+        raise unknown("track", track, [facts.id if "@" in track else key for key, facts in FACTS.items()])
+    return FACTS[name]
