@@ -1,7 +1,7 @@
 """distillbench: a benchmark suite for diffusion distillation.
 
-    record = distillbench.run("cd", track="mixture2d", budget="S")
-    record.scores["1"]
+record = distillbench.run("cd", track="mixture2d", budget="S")
+record.scores["1"]
 """
 
 from __future__ import annotations

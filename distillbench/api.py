@@ -19,6 +19,7 @@ from .conditions import Conditions
 from .errors import ContractError
 from .info import Claim, MethodInfo, knob
 from .randomness import generator_for
+from .uncharged import uncharged
 
 __all__ = [
     "Batch", "Claim", "Conditions", "Context", "ContractError", "Ema", "Method", "MethodInfo", "OptimizerConfig",
@@ -39,10 +40,11 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How one network of one turn is updated. Schedules are functions of the stage's progress in [0, 1], not of a step count.
+    """How one network of one turn is updated. Schedules are functions of progress in [0, 1], not of a step count.
 
     name: adam, adamw, radam or sgd.  clip: largest gradient norm, or None.
-    warmup: share of the stage over which the rate rises from 0.  decay: constant, linear or cosine, from `decay_from` to the end.
+    warmup: share of the span over which the rate rises from 0.  decay: constant, linear or cosine, from `decay_from` to the end,
+    where `floor` times the rate is left.  over: the span, "stage" or "training".
     """
 
     lr: float
@@ -54,12 +56,15 @@ class OptimizerConfig:
     warmup: float = 0.0
     decay: str = "constant"
     decay_from: float = 0.0
+    floor: float = 0.0
+    over: str = "stage"
 
 
 @dataclass(frozen=True)
 class Ema:
-    """An exponential moving average of the module `of` (an attribute of the method), moved after each update of it.
+    """An exponential moving average of the module `of` (an attribute of the method, dots allowed: "students.0").
 
+    It moves after each update of that module.
     half_life is counted in updates of `of`; 0 makes the average a plain copy. With `rampup` r the half-life is at most
     r times the number of updates so far, so that a short run is not ruled by its start (Karras et al. 2022 use 0.05).
     """
@@ -76,7 +81,9 @@ class Turn:
     loss(batch) returns a tensor, a mapping of named terms (their sum is minimised), or None: work without an update
     (pairs, trajectories, on-policy text). It is pure, given the batch and the weights; a work turn may append shards.
     updates: name -> module. The loop sets requires_grad from it and nothing else does: networks not named are frozen,
-    and gradients still pass through them. optimizer: name -> configuration, same names as `updates`.
+    and gradients still pass through them. optimizer: name -> configuration, same names as `updates`. A name of a turn and of an
+    update stand for one module and one configuration in all stages: the optimiser is kept under them.
+    A work turn may also fill tensors and numbers that `build` made, depending on `batch.count` alone.
     batch_size: examples per execution (default: the track's), drawn in `accumulate` equal parts.
     """
 
@@ -98,7 +105,7 @@ class Stage:
     """A part of training. A cycle is its turns in listed order, each `repeat` times; checkpoints lie between cycles.
 
     share: of the budget, all shares sum to 1.  begin, end: copies of weights only (swap a teacher, merge a LoRA), so that
-    they can be replayed.  done(): may end the stage early.  reset: names of turns whose optimisers start afresh.
+    they can be replayed.  done(): may end the stage early; what it leaves goes to the next stage.  reset: names of turns whose optimisers start afresh.
     ema: attribute of the method -> Ema that keeps it.
     """
 
@@ -115,31 +122,34 @@ class Stage:
 class Batch:
     """What a loss sees of the world: lazily drawn data, conditions and noise, all from (seed, turn, count) alone."""
 
-    def __init__(self, *, size: int, count: int, progress: float, source: Source, generator: torch.Generator,
+    def __init__(self, *, size: int, count: int, progress: float, overall: float = 0.0, source: Source, generator: torch.Generator,
                  device: torch.device | str = "cpu"):  # fmt: skip
         self.size = size
         self.count = count  # how often this turn has run before
         self.progress = progress  # in [0, 1] of the stage
+        self.overall = overall  # in [0, 1] of the whole training
         self.generator = generator
         self._source = source
         self._device = device
 
     def data(self, within: Within | None = None) -> tuple[Tensor, Conditions]:
         """Fresh real examples: (size, *shape) and their conditions; `within` keeps those for which it is true."""
-        if within is None:
-            x, conditions = self._source.draw(self.size, self.generator)
-        else:
-            drawn = self._until_full(lambda: self._source.draw(self.size, self.generator), lambda pair: within(pair[1]))
-            x = torch.cat([x[keep] for (x, _), keep in drawn])[: self.size]
-            conditions = Conditions.cat([c[keep] for (_, c), keep in drawn])[: self.size]
+        with uncharged():
+            if within is None:
+                x, conditions = self._source.draw(self.size, self.generator)
+            else:
+                drawn = self._until_full(lambda: self._source.draw(self.size, self.generator), lambda pair: within(pair[1]))
+                x = torch.cat([x[keep] for (x, _), keep in drawn])[: self.size]
+                conditions = Conditions.cat([c[keep] for (_, c), keep in drawn])[: self.size]
         return x.to(self._device), conditions.to(self._device)
 
     def conditions(self, within: Within | None = None) -> Conditions:
         """Fresh conditions without data; `within` keeps those for which it is true."""
-        if within is None:
-            return self._source.conditions(self.size, self.generator).to(self._device)
-        drawn = self._until_full(lambda: self._source.conditions(self.size, self.generator), within)
-        return Conditions.cat([c[keep] for c, keep in drawn])[: self.size].to(self._device)
+        with uncharged():
+            if within is None:
+                return self._source.conditions(self.size, self.generator).to(self._device)
+            drawn = self._until_full(lambda: self._source.conditions(self.size, self.generator), within)
+            return Conditions.cat([c[keep] for c, keep in drawn])[: self.size].to(self._device)
 
     def _until_full(self, draw: Callable[[], Any], within: Callable[[Any], Tensor]) -> list[tuple[Any, Tensor]]:
         kept: list[tuple[Any, Tensor]] = []
@@ -198,6 +208,7 @@ class Context:
     steps: tuple[int, ...]  # the step counts this training is for
     seed: int = 0
     device: torch.device | str = "cpu"
+    batch_size: int = 256  # of a turn that names none
     guidance: float = 1.0  # the guidance scale under which the track samples its teacher
     catalog: Conditions | None = None  # every distinct condition, where they can be listed (labels)
     folder: Path | None = None  # of the run, for shards
@@ -212,6 +223,7 @@ class Method(ABC):
 
     info: ClassVar[MethodInfo]
     student_type: ClassVar[type[Student]]
+    config: Any
 
     @dataclass(frozen=True)
     class Config:

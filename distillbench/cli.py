@@ -44,7 +44,9 @@ def list_(what: str, as_json: bool) -> None:
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a knob of the method; may be given again.")
 @STORE
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on from a checkpoint of the same run, or start afresh.")
-def run(method: str, track: str, budget: str, seed: int, steps: str, settings: tuple[str, ...], store_dir: str | None, resume: bool) -> None:
+def run(
+    method: str, track: str, budget: str, seed: int, steps: str, settings: tuple[str, ...], store_dir: str | None, resume: bool
+) -> None:
     """Train METHOD (an id, path.py, path.py:Class) on TRACK within a budget, and score it."""
     from . import run as run_one
     from .listing import print_record
@@ -58,7 +60,9 @@ def run(method: str, track: str, budget: str, seed: int, steps: str, settings: t
 
 @cli.command()
 @click.argument("track")
-@click.option("--methods", default=None, metavar="A,B|all", help="Methods to run (default: the track's own list; all: every installed one).")
+@click.option(
+    "--methods", default=None, metavar="A,B|all", help="Methods to run (default: the track's own list; all: every installed one)."
+)
 @click.option("--budget", default="S", show_default=True, help="S, M, L, or 5e6passes, 60s, 2000steps.")
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(1), help="Number of training seeds.")
 @click.option("--jobs", default=2, show_default=True, type=click.IntRange(1), help="Worker processes, a thread each.")
@@ -100,8 +104,8 @@ def bench(track: str, methods: str | None, budget: str, seeds: int, jobs: int, s
 @click.option("--format", "format_", default="terminal", show_default=True, help="terminal, markdown, csv, latex or json.")
 def board(track: str, store_dir: str | None, published: bool, format_: str) -> None:
     """Print the leaderboard of TRACK from the records in the store."""
-    from .listing import board_of
     from .leaderboard import FORMATS, render
+    from .listing import board_of
     from .store import Store
 
     if format_ not in FORMATS:
@@ -183,8 +187,8 @@ def doctor() -> None:
 @click.option("--out", default="distillbench-demo.png", show_default=True, metavar="FILE", help="Where the picture goes.")
 def demo(out: str) -> None:
     """Show a board and a picture from the published records; trains nothing."""
-    from .listing import board_of
     from .leaderboard import render
+    from .listing import board_of
     from .pictures import draw, panels
     from .published import published_store
 

@@ -88,7 +88,10 @@ def _only_class(path: Path) -> str:
     names = list(_classes(path))
     if len(names) != 1:
         what = "no method (a class with `info = MethodInfo(...)`)" if not names else f"{len(names)} methods ({', '.join(names)})"
-        raise UsageError(f"{path.name} holds {what}; " + ("write one, or see docs/write-a-method.md" if not names else f"say which: {path.name}:{names[0]}"))
+        raise UsageError(
+            f"{path.name} holds {what}; "
+            + ("write one, or see docs/write-a-method.md" if not names else f"say which: {path.name}:{names[0]}")
+        )
     return names[0]
 
 

@@ -58,7 +58,11 @@ def _torchvision() -> Finding:
     try:
         import_module("torchvision")
     except Exception as error:
-        return "broken", "torchvision", f"{type(error).__name__}: {str(error)[:80]}; uninstall it, or install the build that belongs to your torch"
+        return (
+            "broken",
+            "torchvision",
+            f"{type(error).__name__}: {str(error)[:80]}; uninstall it, or install the build that belongs to your torch",
+        )
     return "ok", "torchvision", str(_version("torchvision"))
 
 

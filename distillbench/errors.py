@@ -18,6 +18,10 @@ class ContractError(DistillbenchError):
     """A method breaks the contract of `distillbench.api`."""
 
 
+class NotApplicable(DistillbenchError):
+    """Raised by a method's `build` where it cannot run on this track with these knobs: the run is `skipped: why`."""
+
+
 class NonFiniteError(DistillbenchError):
     """A loss or a gradient is NaN or infinite."""
 

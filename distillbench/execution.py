@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .bench import name_of
-from .display import Display
 from .discovery import find
+from .display import Display
 from .errors import UsageError
 from .jobs import Job, merged, resolve, split
 from .records import RunRecord
@@ -51,5 +51,3 @@ class _Silent:
     def __exit__(self, *error: object) -> None: ...
 
     def update(self, number: int, fraction: float, what: str) -> None: ...
-
-

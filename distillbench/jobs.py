@@ -114,7 +114,9 @@ def plan(track: str, methods: Iterable[str], *, budget: str, seeds: Iterable[int
         for target in chosen:
             possible = tuple(n for n in steps if n in find(target).info.steps)
             if not possible:
-                raise UsageError(f"{target} is made for {', '.join(map(str, find(target).info.steps))} steps, not {', '.join(map(str, steps))}")
+                raise UsageError(
+                    f"{target} is made for {', '.join(map(str, find(target).info.steps))} steps, not {', '.join(map(str, steps))}"
+                )
             for part in split(target, possible):
                 jobs.append(Job(target, budget=budget, seed=seed, steps=part, settings=dict(settings or {}), **common))
     return jobs

@@ -71,10 +71,18 @@ def measure(track: Track, students: Mapping[tuple[str, int], Student], *, device
         anchor = subject == TEACHER and steps == full
         records.append(
             LatencyRecord.measured(
-                track=track.id, subject=subject, steps=steps, batch=batch, seconds=times, threads=threads, dtype="float32",
-                device_class=device.partition(":")[0], environment=environment(),
-                ratio=None if anchor else ratio_interval(times, seconds[TEACHER, full, batch]), reference_steps=None if anchor else full,
-            )  # fmt: skip
+                track=track.id,
+                subject=subject,
+                steps=steps,
+                batch=batch,
+                seconds=times,
+                threads=threads,
+                dtype="float32",
+                device_class=device.partition(":")[0],
+                environment=environment(),
+                ratio=None if anchor else ratio_interval(times, seconds[TEACHER, full, batch]),
+                reference_steps=None if anchor else full,
+            )
         )
     return records
 

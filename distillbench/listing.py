@@ -35,7 +35,14 @@ def method_rows() -> Rows:
 
 def track_rows() -> Rows:
     return [
-        {"id": facts.id, "title": facts.title, "teacher": facts.teacher, "main": facts.main, "scores": list(facts.columns), "budgets": facts.budgets}
+        {
+            "id": facts.id,
+            "title": facts.title,
+            "teacher": facts.teacher,
+            "main": facts.main,
+            "scores": list(facts.columns),
+            "budgets": facts.budgets,
+        }
         for facts in FACTS.values()
     ]
 

@@ -258,4 +258,5 @@ def scrub_words(value: Any) -> Any:
         return {key: scrub_words(inner) for key, inner in value.items()}
     if not isinstance(value, str) or not names:
         return value
-    return re.sub(r"(?<!\w)(?:" + "|".join(re.escape(name) for name in sorted(names)) + r")(?!\w)", "(private)", value)
+    longest_first = sorted(map(re.escape, names), key=len, reverse=True)
+    return re.sub(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)", "(private)", value)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .api import Conditions, Context, Samples, Student
 from .budget import Budget
 from .diffusion.solvers import SOLVERS, time_grid
-from .errors import ContractError, NonFiniteError, UsageError
+from .errors import ContractError, NonFiniteError, NotApplicable, UsageError
 from .jobs import TEACHER, TRUTH, Job, Resolved, resolve
 from .networks.files import sha256_file
 from .randomness import sample_noise
@@ -30,6 +30,7 @@ from .tracks import get_track
 from .tracks.base import Track
 from .training.loop import Interrupted, Loop, Progress
 from .training.meter import Tracer, networks_of, pass_cost
+from .training.state import built
 
 CHUNK = 1024  # samples generated at a time
 Report = Callable[[float, str], None]  # fraction of the job in [0, 1], what is going on
@@ -50,6 +51,8 @@ def execute(job: Job, store: Store, report: Report | None = None) -> RunRecord:
         record = _reference(resolved, store, say) if job.is_reference else _run(resolved, store, say)
     except (Interrupted, KeyboardInterrupt, UsageError):
         raise
+    except NotApplicable as error:
+        record = dataclasses.replace(resolved.record, status=f"skipped: {error}")
     except Exception as error:
         record = dataclasses.replace(resolved.record, status=f"failed: {_one_line(error)}")
         if os.environ.get("DISTILLBENCH_DEBUG"):
@@ -106,11 +109,9 @@ def build(resolved: Resolved, track: Track, folder: Path | None) -> tuple[Any, C
     job = resolved.job
     context = Context(
         teacher=track.teacher().to(job.device), shape=track.shape, steps=tuple(resolved.record.trained_for), seed=job.seed,
-        device=job.device, guidance=track.guidance, catalog=track.catalog(), folder=folder,
+        device=job.device, batch_size=track.batch_size, guidance=track.guidance, catalog=track.catalog(), folder=folder,
     )  # fmt: skip
-    method = resolved.method_class(resolved.config)
-    method.build(context)
-    return method, context
+    return built(resolved.method_class(resolved.config), context), context
 
 
 def _told(progress: Progress) -> str:

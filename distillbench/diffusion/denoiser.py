@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..conditions import Conditions
 from ..errors import unknown
 from .base import Schedule, Time, as_time, broadcast
-from .schedules import from_config, match_scale, match_time
+from .schedules import from_config, match_time
 
 if TYPE_CHECKING:
     from ..networks.backbone import Backbone
@@ -36,18 +36,8 @@ PREDICTIONS = ("x0", "eps", "velocity", "score")
 READABLE = 2 * math.log(1e3)  # the log-SNR at which a reading that is singular at an infinite one is still taken
 
 
-class Coefficients(NamedTuple):
-    """How to read one network output: x0 = x0_x x + x0_out F, eps = eps_x x + eps_out F. Floats, or float64 tensors () or (n,)."""
-
-    time: Time  # on the network's schedule
-    scale: float | Tensor  # from x on the path to the network's input
-    x0_x: float | Tensor
-    x0_out: float | Tensor
-    eps_x: float | Tensor
-    eps_out: float | Tensor
-    d_alpha: float | Tensor
-    d_sigma: float | Tensor
-    sigma: float | Tensor
+Number = float | Tensor
+Pair = tuple[Number, Number]
 
 
 @lru_cache(maxsize=64)
@@ -59,46 +49,86 @@ def _range(schedule: Schedule, prediction: str) -> tuple[float, float]:
     return (schedule.time_of(READABLE).item() if start else 0.0, schedule.time_of(-READABLE).item() if end else 1.0)
 
 
-def _solve(schedule: Schedule, prediction: str, time: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x0_x, x0_out, eps_x, eps_out from the two equations at the network's time."""
-    a, s = schedule.alpha(time), schedule.sigma(time)
-    zero, one = torch.zeros_like(time), torch.ones_like(time)
-    if prediction == "x0":
-        clean = s == 0
-        safe = torch.where(clean, one, s)
-        return zero, one, torch.where(clean, zero, scale / safe), torch.where(clean, zero, -a / safe)
-    if prediction == "eps":
-        return scale / a, -s / a, zero, one
-    if prediction == "score":
-        return scale / a, s * s / a, zero, -s
-    p, q = schedule.d_alpha(time), schedule.d_sigma(time)
-    determinant = a * q - s * p
-    return scale * q / determinant, -s / determinant, -scale * p / determinant, a / determinant
+class Coefficients:
+    """How to read a network's output F at path time t: each reading is a pair (of x, of F), found when it is asked for.
 
+    The numbers are float64 tensors of the shape of t, or plain floats where t is one.
+    """
 
-def _coefficients(path: Schedule, schedule: Schedule, prediction: str, t: Tensor) -> Coefficients:
-    """The coefficients at path time t (float64)."""
-    first, last = _range(schedule, prediction)
-    time = match_time(path, t, schedule)
-    moved = (first, last) != (0.0, 1.0)
-    if moved:
-        time = time.clamp(first, last)
-    exact = path == schedule and not moved
-    scale = torch.ones_like(t) if exact else match_scale(path, t, schedule, time)
-    x0_x, x0_out, eps_x, eps_out = _solve(schedule, prediction, time, scale)
-    alpha, sigma = path.alpha(t), path.sigma(t)
-    if not exact:  # hold x = alpha x0 + sigma eps on the path even where the network could only be asked nearby
+    def __init__(self, path: Schedule, schedule: Schedule, prediction: str, t: Time):
+        self._plain = not isinstance(t, Tensor)
+        self._t = as_time(t)
+        self._path, self._schedule, self._prediction = path, schedule, prediction
+        self._levels = path.levels(self._t)
+        first, last = _range(schedule, prediction)
+        limited = (first, last) != (0.0, 1.0)
+        self._exact = path == schedule and not limited
+        time = match_time(path, self._t, schedule)
+        self._time = time.clamp(first, last) if limited else time
+        self._network_levels = self._levels if self._exact else schedule.levels(self._time)
+        self._scale: Number = 1.0 if self._exact else torch.hypot(*self._network_levels) / torch.hypot(*self._levels)
+
+    def _given(self, *numbers: Number) -> Any:
+        return tuple(as_time(number).item() for number in numbers) if self._plain else numbers
+
+    @cached_property
+    def time(self) -> Number:
+        """On the network's schedule."""
+        return self._given(self._time)[0]
+
+    @cached_property
+    def scale(self) -> Number:
+        """From x on the path to the network's input."""
+        return self._given(self._scale)[0]
+
+    @cached_property
+    def sigma(self) -> Number:
+        return self._given(self._levels[1])[0]
+
+    @cached_property
+    def _solved(self) -> tuple[Pair, Pair]:
+        """x0 and eps from the two equations at the network's time."""
+        (a, s), k = self._network_levels, self._scale
+        if self._prediction == "x0":
+            clean = s == 0
+            safe = torch.where(clean, math.inf, s)
+            return (0.0, 1.0), (k / safe, -a / safe)
+        if self._prediction == "eps":
+            return (k / a, -s / a), (0.0, 1.0)
+        if self._prediction == "score":
+            return (k / a, s * s / a), (0.0, -s)
+        p, q = self._schedule.slopes(self._time)
+        determinant = a * q - s * p
+        return (k * q / determinant, -s / determinant), (-k * p / determinant, a / determinant)
+
+    @cached_property
+    def x0(self) -> Pair:
+        x0, eps = self._solved
+        if self._exact:
+            return self._given(*x0)
+        alpha, sigma = self._levels  # on the path x = alpha x0 + sigma eps, even where the network could only be asked nearby
         noisy = alpha < sigma
-        x0_x, eps_x = torch.where(noisy, x0_x, (1 - sigma * eps_x) / alpha), torch.where(noisy, (1 - alpha * x0_x) / sigma, eps_x)
-        x0_out, eps_out = torch.where(noisy, x0_out, -sigma * eps_out / alpha), torch.where(noisy, -alpha * x0_out / sigma, eps_out)
-    return Coefficients(time, scale, x0_x, x0_out, eps_x, eps_out, path.d_alpha(t), path.d_sigma(t), sigma)
+        return self._given(torch.where(noisy, x0[0], (1 - sigma * eps[0]) / alpha), torch.where(noisy, x0[1], -sigma * eps[1] / alpha))
+
+    @cached_property
+    def eps(self) -> Pair:
+        x0, eps = self._solved
+        if self._exact:
+            return self._given(*eps)
+        alpha, sigma = self._levels
+        noisy = alpha < sigma
+        return self._given(torch.where(noisy, (1 - alpha * x0[0]) / sigma, eps[0]), torch.where(noisy, -alpha * x0[1] / sigma, eps[1]))
+
+    @cached_property
+    def velocity(self) -> Pair:
+        d_alpha, d_sigma = self._given(*self._path.slopes(self._t))
+        return (d_alpha * self.x0[0] + d_sigma * self.eps[0], d_alpha * self.x0[1] + d_sigma * self.eps[1])
 
 
 @lru_cache(maxsize=4096)
-def _float_coefficients(path: Schedule, schedule: Schedule, prediction: str, t: float) -> Coefficients:
-    """The same for one time for the whole batch, as plain floats; solvers and students come back to the same few times."""
-    found = _coefficients(path, schedule, prediction, as_time(t))
-    return Coefficients(*(as_time(value).item() for value in found))
+def _at(path: Schedule, schedule: Schedule, prediction: str, t: float) -> Coefficients:
+    """Kept, because solvers and students come back to the same few times."""
+    return Coefficients(path, schedule, prediction, t)
 
 
 class Prediction:
@@ -117,23 +147,22 @@ class Prediction:
         self._c = coefficients
         self._native = native  # what the output is on this path without any conversion
 
-    def _combine(self, of_x: float | Tensor, of_output: float | Tensor) -> Tensor:
-        return broadcast(of_x, self.x) * self.x + broadcast(of_output, self.x) * self.output
+    def _combine(self, pair: Pair) -> Tensor:
+        of_x, of_output = pair
+        part = self.output if isinstance(of_output, float) and of_output == 1 else broadcast(of_output, self.x) * self.output
+        return part if isinstance(of_x, float) and of_x == 0 else broadcast(of_x, self.x) * self.x + part
 
     @cached_property
     def x0(self) -> Tensor:
-        return self.output if self._native == "x0" else self._combine(self._c.x0_x, self._c.x0_out)
+        return self.output if self._native == "x0" else self._combine(self._c.x0)
 
     @cached_property
     def eps(self) -> Tensor:
-        return self.output if self._native == "eps" else self._combine(self._c.eps_x, self._c.eps_out)
+        return self.output if self._native == "eps" else self._combine(self._c.eps)
 
     @cached_property
     def velocity(self) -> Tensor:
-        c = self._c
-        if self._native == "velocity":
-            return self.output
-        return self._combine(c.d_alpha * c.x0_x + c.d_sigma * c.eps_x, c.d_alpha * c.x0_out + c.d_sigma * c.eps_out)
+        return self.output if self._native == "velocity" else self._combine(self._c.velocity)
 
     @cached_property
     def score(self) -> Tensor:
@@ -207,12 +236,11 @@ class Denoiser(nn.Module):
         return self.network(self._input(x, c), _batched(c.time, x), conditions, taps=tuple(taps), stop=True).features
 
     def _read(self, t: Time) -> Coefficients:
-        if isinstance(t, Tensor):
-            return _coefficients(self.path, self.schedule, self.prediction, as_time(t))
-        return _float_coefficients(self.path, self.schedule, self.prediction, float(t))
+        make = Coefficients if isinstance(t, Tensor) else _at
+        return make(self.path, self.schedule, self.prediction, t)
 
     def _input(self, x: Tensor, c: Coefficients) -> Tensor:
-        return x if self.path == self.schedule and isinstance(c.scale, float) and c.scale == 1 else broadcast(c.scale, x) * x
+        return x if isinstance(c.scale, float) and c.scale == 1 else broadcast(c.scale, x) * x
 
     def _network_time(self, t: Time) -> Time:
         return t if self.path == self.schedule else match_time(self.path, t, self.schedule)

@@ -168,55 +168,63 @@ class VPTable(Schedule):
         object.__setattr__(self, "alphas_cumprod", tuple(float(a) for a in self.alphas_cumprod))
         values = (1.0, *self.alphas_cumprod)
         falls = all(a > b for a, b in pairwise(values))
-        require(
-            len(values) > 2 and falls and values[-1] >= 0, self, "alphas_cumprod needs two or more values falling strictly inside (0, 1)"
-        )
+        rule = "alphas_cumprod needs two or more values that fall strictly from below 1 to no less than 0"
+        require(len(values) > 2 and falls and values[-1] >= 0, self, rule)
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @cached_property
-    def _knots(self) -> tuple[Tensor, Tensor]:
-        """alpha^2 and log-SNR at t = 0, 1 / T, ..., 1."""
+    def _hash(self) -> int:
+        return hash(self.alphas_cumprod)
+
+    @cached_property
+    def _intervals(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """For each of the T intervals: alpha^2 at its start and its step, the same of the log-SNR, and whether alpha^2 is interpolated."""
         alpha2 = torch.tensor((1.0, *self.alphas_cumprod), dtype=torch.float64)
-        return alpha2, alpha2.log() - torch.log1p(-alpha2)
+        log_snr = alpha2.log() - torch.log1p(-alpha2)
+        by_square = torch.isinf(log_snr[:-1]) | torch.isinf(log_snr[1:])
+        slope = torch.where(by_square, torch.ones(()), log_snr.diff())
+        return alpha2[:-1], alpha2.diff(), log_snr[:-1], slope, by_square
 
     def _squares(self, t: Time) -> tuple[Tensor, Tensor, Tensor]:
         """alpha^2, sigma^2 and the derivative of alpha^2."""
         t = as_time(t)
-        alpha2, log_snr = (knots.to(t.device) for knots in self._knots)
-        count = len(alpha2) - 1
-        low = (t.detach() * count).floor().long().clamp(0, count - 1)
-        part, high = t * count - low, low + 1
-        first, step = alpha2[low], alpha2[high] - alpha2[low]
-        by_square = torch.isinf(log_snr[low]) | torch.isinf(log_snr[high])
-        start = torch.where(by_square, torch.zeros_like(part), log_snr[low])
-        slope = torch.where(by_square, torch.zeros_like(part), log_snr[high] - log_snr[low])
-        value = start + slope * part
-        a2 = torch.where(by_square, first + step * part, torch.sigmoid(value))
-        s2 = torch.where(by_square, (1 - first) - step * part, torch.sigmoid(-value))
-        return a2, s2, count * torch.where(by_square, step, a2 * s2 * slope)
+        position = t * len(self.alphas_cumprod)
+        low = position.detach().long().clamp(0, len(self.alphas_cumprod) - 1)
+        first, step, start, slope, by_square = (values.to(t.device)[low] for values in self._intervals)
+        part = position - low
+        log_snr = start + slope * part
+        a2 = torch.where(by_square, first + step * part, torch.sigmoid(log_snr))
+        s2 = torch.where(by_square, (1 - first) - step * part, torch.sigmoid(-log_snr))
+        return a2, s2, len(self.alphas_cumprod) * torch.where(by_square, step, a2 * s2 * slope)
+
+    def levels(self, t: Time) -> tuple[Tensor, Tensor]:
+        a2, s2, _ = self._squares(t)
+        return a2.sqrt(), s2.sqrt()
+
+    def slopes(self, t: Time) -> tuple[Tensor, Tensor]:
+        a2, s2, change = self._squares(t)
+        return change / (2 * a2.sqrt()), -change / (2 * s2.sqrt())
 
     def alpha(self, t: Time) -> Tensor:
-        return self._squares(t)[0].sqrt()
+        return self.levels(t)[0]
 
     def sigma(self, t: Time) -> Tensor:
-        return self._squares(t)[1].sqrt()
+        return self.levels(t)[1]
 
     def d_alpha(self, t: Time) -> Tensor:
-        a2, _, change = self._squares(t)
-        return change / (2 * a2.sqrt())
+        return self.slopes(t)[0]
 
     def d_sigma(self, t: Time) -> Tensor:
-        _, s2, change = self._squares(t)
-        return -change / (2 * s2.sqrt())
+        return self.slopes(t)[1]
 
     def _inverse(self, log_snr: Tensor) -> Tensor:
-        alpha2, knots = (values.to(log_snr.device) for values in self._knots)
-        count = len(alpha2) - 1
-        low = (torch.searchsorted(-knots, -log_snr.detach().contiguous(), right=True) - 1).clamp(0, count - 1)
-        high = low + 1
-        by_square = torch.isinf(knots[low]) | torch.isinf(knots[high])
-        by_log = (log_snr - knots[low]) / (knots[high] - knots[low])
-        square = (torch.sigmoid(-log_snr) - (1 - alpha2[low])) / (alpha2[low] - alpha2[high])
-        return (low + torch.where(by_square, square, by_log)) / count
+        first, step, start, slope, by_square = (values.to(log_snr.device) for values in self._intervals)
+        low = torch.searchsorted(-start, -log_snr.detach().contiguous(), right=True).sub(1).clamp(min=0)
+        by_log = (log_snr - start[low]) / slope[low]
+        square = ((1 - first[low]) - torch.sigmoid(-log_snr)) / step[low]
+        return (low + torch.where(by_square[low], square, by_log)) / len(self.alphas_cumprod)
 
 
 @dataclass(frozen=True)
@@ -290,4 +298,4 @@ def match_time(source: Schedule, t: Time, target: Schedule) -> Tensor:
 
 def match_scale(source: Schedule, t: Time, target: Schedule, target_t: Time) -> Tensor:
     """The factor that takes x on `source` at t to x on `target` at the matching time: the ratio of sqrt(alpha^2 + sigma^2)."""
-    return torch.hypot(target.alpha(target_t), target.sigma(target_t)) / torch.hypot(source.alpha(t), source.sigma(t))
+    return torch.hypot(*target.levels(target_t)) / torch.hypot(*source.levels(t))

@@ -154,6 +154,7 @@ def render_markdown(board: Board) -> str:
             cells = zip(*(cells for _, cells in columns), strict=True)
             lines = [[header for header, _ in columns], ["---"] * len(columns), *map(list, cells)]
             parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+            parts += ["\n".join(f"- {_MARKDOWN.escape(line)}" for line in texts.reasons(rows))] if texts.reasons(rows) else []
             parts.append(f"**{_MARKDOWN.escape(verdict(board, rows))}**")
     return "\n\n".join([*parts, _MARKDOWN.escape(texts.glossary(board))]) + "\n"
 

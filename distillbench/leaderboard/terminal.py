@@ -60,7 +60,7 @@ def _one_budget(console: Console, board: Board, budget: dict[str, Any] | None) -
         console.print(_cost_table(board, shown))
         console.print()
         _print_latency(console, board, shown)
-    reasons = _reasons(rows)
+    reasons = texts.reasons(rows)
     for line in reasons:
         console.print(Text(line, style="yellow"))
     if reasons:
@@ -78,7 +78,7 @@ def _score_tables(console: Console, board: Board, rows: Sequence[Row]) -> list[T
         def text(i: int, row: Row) -> Text:
             shown = texts.score_text(row, name, places[name], interval=name == main)
             if shown is None:
-                return Text(texts.reason_text(row, name, in_full=False)[:8], style="dim")
+                return Text(texts.reason_text(row, name, in_full=False).partition(":")[0][:10], style="dim")
             return Text(shown, style={"best": "bold", "second": "underline"}.get(marks.get((i, name), ""), ""))
 
         header = name if name == main else name.replace("-", "-\n")
@@ -99,7 +99,8 @@ def _score_tables(console: Console, board: Board, rows: Sequence[Row]) -> list[T
 
 
 def _name(row: Row) -> Text:
-    return Text(row.label, style="" if row.kind == "run" else "dim")
+    spaced = row.label.replace(",", ", ")  # a long label then breaks between knobs
+    return Text(spaced, style="" if row.kind == "run" else "dim")
 
 
 def _fits(console: Console, table: Table) -> bool:
@@ -159,15 +160,3 @@ def _print_latency(console: Console, board: Board, rows: Sequence[Row]) -> None:
     shown = [row for row in rows if row.kind == "run" or (row.latency and row.steps in bases)]
     console.print(_table([*named, *measured], shown, sections=False))
     console.print()
-
-
-def _reasons(rows: Sequence[Row]) -> list[str]:
-    """Why something is missing, one line a label and reason."""
-    lines: dict[str, None] = {}
-    for row in rows:
-        if row.status != "ok":
-            lines[f"{row.label}: {texts.one_line(row.status)[:300]}"] = None
-        for name, cell in row.cells.items():
-            if cell.value is None:
-                lines[f"{row.label}: {name}: {texts.one_line(cell.note)[:300]}"] = None
-    return list(lines)

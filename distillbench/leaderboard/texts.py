@@ -84,9 +84,21 @@ def trained_for_text(row: Row, facts: TrackFacts) -> str:
 
 
 def reason_text(row: Row, name: str, in_full: bool) -> str:
-    """What an empty cell says: the reason, or its first word where the reason stands elsewhere in the row."""
+    """What an empty cell says: the reason, or its first word where the row's status stands in another cell."""
     reason = one_line(row.why_empty(name))
-    return reason if in_full else reason.partition(":")[0]
+    return reason if in_full or row.status == "ok" else reason.partition(":")[0]
+
+
+def reasons(rows: Sequence[Row]) -> list[str]:
+    """Why something is missing, one line a label and reason."""
+    lines: dict[str, None] = {}
+    for row in rows:
+        if row.status != "ok":
+            lines[f"{row.label}: {one_line(row.status)[:300]}"] = None
+        for name, cell in row.cells.items():
+            if cell.value is None:
+                lines[f"{row.label}: {name}: {one_line(cell.note)[:300]}"] = None
+    return list(lines)
 
 
 def spent_text(row: Row, name: str) -> str:

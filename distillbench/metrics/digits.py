@@ -1,8 +1,9 @@
-"""What the track `digits` measures on images: features of its classifier against 1,000 held-out digits, and pixels against the training images."""
+"""What the track `digits` measures: features of images against 1,000 held-out digits, and pixels against the training images."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..data.digits import CLASSES, load_digits
 from ..teachers.digits_classifier import features_of, labels_of
-from .arrays import Array, as_float64
+from .arrays import Array, as_float64, squared_distances, squared_norms
 from .diversity import group_diversity
 from .frechet import frechet_distance
 from .prdc import prdc
@@ -21,6 +22,7 @@ from .score import bootstrap
 PER_CLASS = 200
 FIRST_SEED = 1_000_000
 RESAMPLES = 16
+NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def _held_out_spread() -> float:
 def values(seen: Seen, teacher_features: Array | None) -> dict[str, float]:
     """The scores by name; `fidelity-fd` only where features (m, 64) of the teacher's own samples are given."""
     reference = held_out()
-    shares = prdc(seen.features, reference.features)
+    shares = prdc(seen.features, reference.features, neighbours=NEIGHBOURS, density_neighbours=DENSITY_NEIGHBOURS)
     found = {
         "fd": frechet_distance(seen.features, reference.features),
         **shares._asdict(),
@@ -102,20 +104,35 @@ def deviations(seen: Seen, found: dict[str, float], teacher_features: Array | No
     """Standard deviations of `values` over fresh samples, the reference held fixed: by the bootstrap, and for shares by the binomial.
 
     Precision, recall and coverage are shares of rows inside balls. Resampled rows coincide and would shrink the balls, so theirs is
-    sqrt(p (1 - p) / n) over the rows that are counted; that of density is taken as if its counts were of Poisson's kind.
+    sqrt(p (1 - p) / n) over the rows that are counted.
     """
     reference = held_out()
     centre = float(np.median(reference.nearest))
-    found_by_bootstrap = {
-        "fd": bootstrap(lambda rows: frechet_distance(rows, reference.features), [seen.features], resamples=RESAMPLES, seed=0),
-        "label-agreement": bootstrap(lambda rows: float(rows.mean()), [seen.agrees], resamples=RESAMPLES, seed=0),
-        "diversity": bootstrap(diversity, [(seen.features, seen.labels)], resamples=RESAMPLES, seed=0),
-        "nearest": bootstrap(lambda rows: float(np.median(rows)) / centre, [seen.nearest], resamples=RESAMPLES, seed=0),
+
+    def spread(fn: Callable[..., float], *rows: Array) -> float:
+        return bootstrap(fn, [rows], resamples=RESAMPLES, seed=0)
+
+    moved = {
+        "fd": spread(lambda rows: frechet_distance(rows, reference.features), seen.features),
+        "density": spread(lambda rows: float(rows.mean()), balls_around(seen.features)),
+        "label-agreement": spread(lambda rows: float(rows.mean()), seen.agrees),
+        "diversity": spread(diversity, seen.features, seen.labels),
+        "nearest": spread(lambda rows: float(np.median(rows)) / centre, seen.nearest),
     }
     if teacher_features is not None:
-        found_by_bootstrap["fidelity-fd"] = bootstrap(
-            lambda rows: frechet_distance(rows, teacher_features), [seen.features], resamples=RESAMPLES, seed=0
-        )
-    n, m = len(seen.features), len(reference.features)
-    counted = {"precision": n, "recall": m, "coverage": m}
-    return found_by_bootstrap | {name: math.sqrt(found[name] * (1 - found[name]) / rows) for name, rows in counted.items()}
+        moved["fidelity-fd"] = spread(lambda rows: frechet_distance(rows, teacher_features), seen.features)
+    counted = {"precision": len(seen.features), "recall": len(reference.features), "coverage": len(reference.features)}
+    return moved | {name: math.sqrt(found[name] * (1 - found[name]) / rows) for name, rows in counted.items()}
+
+
+def balls_around(features: Array) -> Array:
+    """Number (n,) of held-out images whose 5th nearest neighbour is farther than the sample, over 5; their mean is the density."""
+    rows = held_out().features
+    distances = squared_distances(features, rows, squared_norms(rows))
+    return (distances < _ball_radii()).sum(1) / DENSITY_NEIGHBOURS
+
+
+@cache
+def _ball_radii() -> Array:
+    rows = held_out().features
+    return np.partition(squared_distances(rows, rows, squared_norms(rows)), DENSITY_NEIGHBOURS, axis=1)[:, DENSITY_NEIGHBOURS]

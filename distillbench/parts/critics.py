@@ -17,12 +17,13 @@ LARGEST_GROUPS = 8
 
 
 class VectorHead(nn.Module):
-    """Features (n, width) -> logits (n,): one hidden layer."""
+    """Features (n, width) -> logits (n,): one hidden layer of a quarter of the width, so that it costs less than what it reads."""
 
     def __init__(self, width: int, generator: torch.Generator):
         super().__init__()
-        self.inner = linear(width, width, generator, gain=math.sqrt(2))
-        self.last = linear(width, 1, generator)
+        hidden = max(16, width // 4)
+        self.inner = linear(width, hidden, generator, gain=math.sqrt(2))
+        self.last = linear(hidden, 1, generator)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.last(F.silu(self.inner(features))).squeeze(1)

@@ -35,7 +35,7 @@ class DigitsClassifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.convolutions = nn.ModuleList([nn.Conv2d(1, 24, 3, padding=1), nn.Conv2d(24, 48, 3, padding=1), nn.Conv2d(48, 64, 3, padding=1)])
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in ((1, 24), (24, 48), (48, 64)))
         self.to_features = nn.Linear(64 * 3 * 3, WIDTH)
         self.to_logits = nn.Linear(WIDTH, CLASSES)
 

@@ -20,6 +20,7 @@ WEIGHTS = "network.safetensors"
 def save_teacher(denoiser: Denoiser, folder: Path, card: Mapping[str, Any]) -> dict[str, Any]:
     """Write the network and its card into `folder`; returns the card, completed by how to read the network and its checksum."""
     save_network(denoiser.network, folder)
+    (folder / WEIGHTS).chmod(0o644)  # safetensors makes files that other users of an installed package cannot read
     whole = {
         **card,
         "schedule": denoiser.schedule.to_config(),

@@ -7,7 +7,7 @@ a laptop and a GPU agree to the last digit:
 - matrix products and convolutions: one multiply-add per product term (a bias rides along free);
 - attention: two products forward and four backward, its softmax and scalings as elementwise work, whatever kernel runs;
 - everything else that computes: one per element of the largest tensor that it touches;
-- views, copies, lookups, casts, creation and random numbers: nothing.
+- views, copies, lookups, casts, creation, random numbers, and drawing data: nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..uncharged import charging
 
 aten = torch.ops.aten
 
@@ -111,14 +113,7 @@ for _name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention
         if hasattr(aten, f"_scaled_dot_product_{_name}{_suffix}"):
             FORMULAS[getattr(aten, f"_scaled_dot_product_{_name}{_suffix}")] = _formula
 
-FREE_NAMES = """
-clone copy_ copy _to_copy to cat stack index index_select embedding gather scatter scatter_ take take_along_dim slice_scatter select_scatter
-empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like ones ones_like full full_like new_zeros new_ones new_full
-scalar_tensor arange linspace eye fill_ fill zero_ zero normal_ uniform_ random_ bernoulli_ rand randn randint randperm rand_like randn_like
-contiguous detach detach_ lift_fresh lift alias resize_ set_ repeat flip roll constant_pad_nd _local_scalar_dense item is_same_size
-_unsafe_view _reshape_alias masked_select nonzero expand view unbind split triu tril slice_backward select_backward _fused_adam_
-_fused_adamw_ equal is_nonzero _efficientzerotensor _has_same_storage_numel squeeze_ unsqueeze_ transpose_ t_ as_strided_
-""".split()
+FREE_NAMES = ["clone", "copy_", "copy", "_to_copy", "to", "cat", "stack", "index", "index_select", "embedding", "gather", "scatter", "scatter_", "take", "take_along_dim", "slice_scatter", "select_scatter", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "new_zeros", "new_ones", "new_full", "scalar_tensor", "arange", "linspace", "eye", "fill_", "fill", "zero_", "zero", "normal_", "uniform_", "random_", "bernoulli_", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "contiguous", "detach", "detach_", "lift_fresh", "lift", "alias", "resize_", "set_", "repeat", "flip", "roll", "constant_pad_nd", "_local_scalar_dense", "item", "is_same_size", "_unsafe_view", "_reshape_alias", "masked_select", "nonzero", "expand", "view", "unbind", "split", "triu", "tril", "slice_backward", "select_backward", "_fused_adam_", "_fused_adamw_", "equal", "is_nonzero", "_efficientzerotensor", "_has_same_storage_numel", "squeeze_", "unsqueeze_", "transpose_", "t_", "as_strided_"]
 FREE = {getattr(aten, name) for name in FREE_NAMES if hasattr(aten, name)}
 
 
@@ -152,6 +147,8 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if not charging():
+            return out
         cost = cost_of(func, args, kwargs, out)
         self.macs += cost
         self.by_operator[str(func.overloadpacket)] += cost.total

@@ -6,7 +6,7 @@ import math
 import operator
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,52 +15,15 @@ from torch import Tensor, nn
 
 from ..api import Batch, Context, Loss, Method, Source, Stage, Turn
 from ..budget import Budget
-from ..errors import BadFileError, ContractError, DistillbenchError, NonFiniteError
+from ..errors import BadFileError, ContractError, NonFiniteError
 from ..randomness import generator_for
 from . import checkpoint, state
 from .meter import Meter, networks_of
 from .optimizers import Average, make_optimizer, pack, rate_factor, unpack
+from .position import Interrupted, Position, Progress, Spent, check_stages
 from .signals import Guard
 
 LOG_POINTS = 200  # of the loss curves, over a whole run
-
-
-class Interrupted(DistillbenchError):
-    """Stopped by the user; the state is kept."""
-
-
-@dataclass
-class Spent:
-    """What a training has used so far. `passes` are teacher passes."""
-
-    macs: int = 0
-    passes: float = 0.0
-    seconds: float = 0.0
-    updates: int = 0
-    cycles: int = 0
-    images: int = 0
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a display needs: fraction of the budget in [0, 1], the stage, what was spent."""
-
-    fraction: float
-    stage: str
-    spent: Spent
-
-
-@dataclass
-class Position:
-    """Where the loop stands; numbers only, saved with each checkpoint."""
-
-    stage: int = 0
-    begun: bool = False
-    stage_start: float = 0.0
-    counts: dict[str, int] = field(default_factory=dict)
-    averages: dict[str, int] = field(default_factory=dict)
-    spent: dict[str, Any] = field(default_factory=dict)
-    losses: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -86,27 +49,12 @@ class Loop:
         self.spent = Spent()
         self.position = Position()
         self.stages = method.stages()
-        self._check_stages()
+        check_stages(method, self.stages, batch_size)
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._groups: dict[str, dict[str, _Group]] = {}
         self._averages: dict[str, Average] = {}
         self._parameters: list[Tensor] = []
         self._moving: list[Tensor] | None = None
-        self._log_next = 0.0
-
-    def _check_stages(self) -> None:
-        who = self.method.info.id
-        if not self.stages or abs(sum(stage.share for stage in self.stages) - 1.0) > 1e-9:
-            raise ContractError(f"{who}: the shares of its stages must sum to 1")
-        for stage in self.stages:
-            names = [turn.name for turn in stage.turns]
-            if not names or len(set(names)) != len(names):
-                raise ContractError(f"{who}: stage {stage.name!r} needs turns with different names")
-            for turn in stage.turns:
-                if set(turn.updates) != set(turn.optimizer):
-                    raise ContractError(f"{who}: turn {turn.name!r} needs one optimizer for each of its updates ({', '.join(turn.updates)})")
-                if turn.repeat < 1 or turn.accumulate < 1 or (turn.batch_size or self.batch_size) % turn.accumulate:
-                    raise ContractError(f"{who}: turn {turn.name!r}: repeat and accumulate are at least 1, and accumulate divides the batch")
 
     # ------------------------------------------------------------------ the run
 
@@ -154,7 +102,7 @@ class Loop:
         now = time.perf_counter()
         self._tick(now)
         if self.report is not None:
-            self.report(Progress(min(1.0, self._used() / self.budget.amount), stage.name, self.spent))
+            self.report(Progress(self._overall(), stage.name, self.spent))
         if guard.stopped or now - self._saved_at > self.checkpoint_seconds:
             self._save()
         if guard.stopped:
@@ -168,6 +116,9 @@ class Loop:
         if self.budget.unit == "passes":
             return self.spent.macs / self.unit
         return self.spent.seconds if self.budget.unit == "seconds" else float(self.spent.cycles)
+
+    def _overall(self) -> float:
+        return min(1.0, self._used() / self.budget.amount)
 
     # ------------------------------------------------------------------ a turn
 
@@ -209,7 +160,7 @@ class Loop:
         else:
             with self.meter.tracer.recording():
                 terms = self._backward(turn, count, progress)
-            self.spent.macs += self.meter.price(turn.name, count, lambda: self._replay(turn, count, progress)).total
+            self.spent.macs += self.meter.price((self.position.stage, turn.name), count, lambda: self._replay(turn, count, progress)).total
         self._log(turn, terms)
         for group in groups.values():
             self._update(turn, group, progress)
@@ -228,7 +179,8 @@ class Loop:
     def _losses(self, turn: Turn, count: int, progress: float, part: int = 0) -> Loss:
         size = (turn.batch_size or self.batch_size) // turn.accumulate
         generator = generator_for(self.context.seed, f"turn/{turn.name}", count * turn.accumulate + part)
-        batch = Batch(size=size, count=count, progress=progress, source=self.source, generator=generator, device=self.context.device)
+        batch = Batch(size=size, count=count, progress=progress, overall=self._overall(), source=self.source, generator=generator,
+                      device=self.context.device)  # fmt: skip
         if self.precision == "float32":
             return turn.loss(batch)
         with torch.autocast(torch.device(self.context.device).type, dtype=getattr(torch, self.precision)):
@@ -262,11 +214,11 @@ class Loop:
     def _update(self, turn: Turn, group: _Group, progress: float) -> None:
         config = group.config
         if config.clip is not None:
-            norm = nn.utils.clip_grad_norm_(group.parameters, config.clip)
-            if not math.isfinite(norm.item()):
-                raise NonFiniteError(f"the gradient of turn {turn.name!r} is {norm.item()} at its execution {self.position.counts[turn.name]}")
+            norm = nn.utils.clip_grad_norm_(group.parameters, config.clip).item()
+            if not math.isfinite(norm):
+                raise NonFiniteError(f"the gradient of turn {turn.name!r} is {norm} at its execution {self.position.counts[turn.name]}")
         for entry in group.optimizer.param_groups:
-            entry["lr"] = config.lr * rate_factor(config, progress)
+            entry["lr"] = config.lr * rate_factor(config, progress if config.over == "stage" else self._overall())
         group.optimizer.step()
         group.optimizer.zero_grad(set_to_none=True)
         self.spent.updates += 1
@@ -276,7 +228,7 @@ class Loop:
 
     def _log(self, turn: Turn, terms: dict[str, Tensor]) -> None:
         """Keep a point of the loss curves, about LOG_POINTS of each turn over the run."""
-        point = int(LOG_POINTS * min(1.0, self._used() / self.budget.amount))
+        point = int(LOG_POINTS * self._overall())
         if self.position.counts.get(f"log/{turn.name}", -1) < point:
             self.position.counts[f"log/{turn.name}"] = point
             values = {name: term.item() for name, term in terms.items()}
@@ -314,9 +266,9 @@ class Loop:
             return
         self.position = Position(**meta["position"])
         self.spent = Spent(**self.position.spent)
-        turns = {turn.name: turn for stage in self.stages for turn in stage.turns}
+        moved = {f"{turn.name}/{name}": (turn.updates[name], turn.optimizer[name])
+                 for stage in self.stages for turn in stage.turns for name in turn.updates}  # fmt: skip
         for key in meta["optimizers"]:
-            name, update = key.split("/")
-            optimizer = make_optimizer(turns[name].updates[update].parameters(), turns[name].optimizer[update])
+            optimizer = make_optimizer(moved[key][0].parameters(), moved[key][1])
             unpack(f"optimizer/{key}", optimizer, tensors)
             self._optimizers[key] = optimizer

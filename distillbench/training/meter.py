@@ -125,8 +125,8 @@ class Meter:
         with Counting() as counting:
             yield counting
 
-    def price(self, turn: str, count: int, replay: Callable[[], Any]) -> Macs:
-        """The cost of the turn that has just been recorded; `replay` computes its losses and gradients once more."""
+    def price(self, turn: tuple[int, str], count: int, replay: Callable[[], Any]) -> Macs:
+        """The cost of the turn (stage number and name) that has just been recorded; `replay` computes its losses and gradients once more."""
         key = (turn, *self.tracer.entries)
         known = self.prices.get(key)
         due = self.audit_every and count and count % self.audit_every == 0
@@ -137,7 +137,7 @@ class Meter:
         self.replays += 1
         if known is not None and abs(counting.macs.total - known.total) > _AUDIT_TOLERANCE * known.total:
             raise MeterError(
-                f"turn {turn!r} costs {counting.macs.total} multiply-adds where {known.total} were charged, with the same calls of its"
+                f"turn {turn[1]!r} costs {counting.macs.total} multiply-adds where {known.total} were charged, with the same calls of its"
                 " networks: its cost depends on something else; move that computation into a network or make it a work turn"
             )
         self.prices[key] = counting.macs

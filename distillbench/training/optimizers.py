@@ -27,22 +27,23 @@ def make_optimizer(parameters: Iterable[Tensor], config: OptimizerConfig) -> tor
 
 
 def rate_factor(config: OptimizerConfig, progress: float) -> float:
-    """What multiplies the learning rate at this share of the stage."""
+    """What multiplies the learning rate at this share of its span."""
     factor = min(1.0, progress / config.warmup) if config.warmup > 0 else 1.0
     if config.decay == "constant" or progress <= config.decay_from:
         return factor
     past = (progress - config.decay_from) / max(1e-12, 1.0 - config.decay_from)
     if config.decay == "linear":
-        return factor * (1.0 - past)
+        return factor * (config.floor + (1.0 - config.floor) * (1.0 - past))
     if config.decay == "cosine":
-        return factor * 0.5 * (1.0 + math.cos(math.pi * past))
+        return factor * (config.floor + (1.0 - config.floor) * 0.5 * (1.0 + math.cos(math.pi * past)))
     raise ContractError(f"unknown decay {config.decay!r}; known: constant, linear, cosine")
 
 
 def pack(key: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state as named tensors."""
     state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    return {f"{key}/{index}/{name}": torch.as_tensor(value) for index, entry in state.items() for name, value in entry.items() if value is not None}
+    entries = ((index, name, value) for index, entry in state.items() for name, value in entry.items())
+    return {f"{key}/{index}/{name}": torch.as_tensor(value) for index, name, value in entries if value is not None}
 
 
 def unpack(key: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -8,10 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..api import Method, is_external
+from ..api import Context, Method, is_external
 from ..errors import BadFileError, ContractError
+from ..randomness import mix, name_key
 
 Number = int | float | bool | str | None
+
+
+def built(method: Method, context: Context) -> Method:
+    """Build the method. What it draws from torch's global generator (initial weights of plain layers) is fixed by the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mix(context.seed, name_key("build")))
+        method.build(context)
+    return method
 
 
 def modules_of(method: Method) -> dict[str, nn.Module]:
@@ -28,9 +37,9 @@ def modules_of(method: Method) -> dict[str, nn.Module]:
 def _refuse_hidden(method: Method, name: str, value: Any) -> None:
     items = value.values() if isinstance(value, dict) else value
     if any(isinstance(item, nn.Module) for item in items):
-        raise ContractError(f"{method.info.id}: self.{name} is a plain {type(value).__name__} of modules; use torch.nn.ModuleList or ModuleDict")
+        raise ContractError(f"{method.info.id}: self.{name} is a plain {type(value).__name__} of modules; use ModuleList or ModuleDict")
     if any(isinstance(item, Tensor) for item in items):
-        raise ContractError(f"{method.info.id}: self.{name} is a plain {type(value).__name__} of tensors; keep each tensor in an attribute")
+        raise ContractError(f"{method.info.id}: self.{name} is a plain {type(value).__name__} of tensors; give each an attribute")
 
 
 def _module_tensors(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -28,9 +28,9 @@ ORDERS = {"euler": 1, "ddim": 1, "heun": 2, "dpmpp_2m": 2}
 
 
 def errors_of(solver, denoiser, exact, x, first, last, kind):
-    """Largest errors at 32 and 64 steps, on grids uniform in t or in log-SNR."""
+    """Largest errors at n and 2n steps, on grids uniform in t or in log-SNR."""
     path, errors = denoiser.path, []
-    for steps in (32, 64):
+    for steps in (64, 128) if solver == "dpmpp_2m" else (32, 64):
         part = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
         times = first + part * (last - first)
         if kind == "log_snr":

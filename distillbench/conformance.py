@@ -1,0 +1,294 @@
+"""The kit that every method must pass, ours or a stranger's: `distillbench check TARGET`."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .api import Conditions, Context, Method, Source, Student
+from .budget import Budget
+from .config import load_recipe, make_config
+from .discovery import Found, find
+from .errors import ContractError
+from .info import MethodInfo
+from .networks.backbone import Backbone
+from .runner import Watch
+from .tracks import get_track
+from .tracks.base import Track
+from .tracks.facts import FACTS
+from .training import state
+from .training.loop import Loop, Spent
+from .training.meter import Meter, pass_cost
+
+CYCLES = 12  # of the short trainings
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the kit."""
+
+    name: str
+    passed: bool
+    detail: str = ""
+    skipped: bool = False
+
+
+class Halt(Exception):
+    """Ends a training from outside, between two cycles."""
+
+
+@dataclass
+class Short:
+    """A short training of one method on one track."""
+
+    method: Method
+    context: Context
+    loop: Loop
+    spent: Spent | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in state.tensors_of(self.method).items()}
+
+
+def short_run(method_class: type[Method], config: Any, track: Track, steps: tuple[int, ...], *, folder: Path | None = None,
+              budget: Budget | None = None, source: Source | None = None, stop_after: int | None = None, exact: bool = False,
+              seed: int = 0) -> Short:  # fmt: skip
+    """Build and train for a few cycles, with a checkpoint after each; `stop_after` cycles it is halted."""
+    teacher = track.teacher()
+    context = Context(teacher, track.shape, steps, seed, "cpu", track.batch_size, track.guidance, track.catalog(), folder)
+    method = state.built(method_class(config), context)
+
+    def report(progress: Any) -> None:
+        if stop_after is not None and progress.spent.cycles >= stop_after:
+            raise Halt
+
+    loop = Loop(
+        method, context, source or track.source(), budget or Budget("check", CYCLES, "steps"), folder=folder, run="check",
+        unit=pass_cost(teacher, track.shape, track.catalog()), batch_size=track.batch_size, checkpoint_seconds=0.0,
+        report=report, meter=Meter(exact=exact),
+    )  # fmt: skip
+    short = Short(method, context, loop)
+    with suppress(Halt):
+        short.spent = loop.train()
+    return short
+
+
+class Kit:
+    """The checks of one method on one track, with the track's recipe."""
+
+    def __init__(self, found: Found, method_class: type[Method], track: Track):
+        self.info: MethodInfo = found.info
+        self.method_class, self.track = method_class, track
+        recipe = load_recipe(found.path.parent, track.facts.name, found.info.id)
+        self.config = make_config(method_class.Config, found.info.id, recipe.values)
+        self.trained_for = (min(found.info.steps),) if found.info.per_step else tuple(found.info.steps)
+
+    def short(self, **options: Any) -> Short:
+        steps = options.pop("steps", self.trained_for)
+        return short_run(self.method_class, self.config, self.track, steps, **options)
+
+    def checks(self) -> dict[str, Callable[[], str]]:
+        return {
+            "stages": self.stages, "state round trip": self.round_trip, "kill and resume": self.resume,
+            "no global randomness": self.no_global_randomness, "sample i depends on seed i alone": self.alone,
+            "declared steps work": self.declared_steps, "budget kept": self.budget_kept,
+            "student without pickle": self.files, "needs declared": self.needs,
+        }  # fmt: skip
+
+    def stages(self) -> str:
+        method = self.short(stop_after=1).method
+        first, second = method.stages(), method.stages()
+        told = [[(s.name, s.share, [t.name for t in s.turns]) for s in listed] for listed in (first, second)]
+        _demand(told[0] == told[1], "stages() gives another list on its second call; it must be pure")
+        state.modules_of(method)
+        return f"{len(first)} stage{'s' if len(first) > 1 else ''}, {sum(len(s.turns) for s in first)} turns"
+
+    def round_trip(self) -> str:
+        trained, fresh = self.short(), self.short(stop_after=1)
+        before = trained.tensors
+        state.restore(fresh.method, before, state.numbers_of(trained.method))
+        after = fresh.tensors
+        wrong = [name for name in before if not torch.equal(before[name], after[name])]
+        _demand(not wrong, f"{wrong[:1]} is not what was saved")
+        return f"{len(before)} tensors"
+
+    def resume(self) -> str:
+        whole = self.short().tensors
+        with tempfile.TemporaryDirectory() as folder:
+            self.short(folder=Path(folder), stop_after=CYCLES // 2)
+            resumed = self.short(folder=Path(folder)).tensors
+        wrong = [name for name in whole if not torch.equal(whole[name], resumed[name])]
+        _demand(not wrong, f"{wrong[:1]} differs between a broken and an unbroken run; is there state outside vars(self)?")
+        return "bit for bit"
+
+    def no_global_randomness(self) -> str:
+        before = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())  # type: ignore[index]
+        short = self.short()
+        self._generate(short.method.distilled(), self._steps_of(short.method.distilled())[0], 4)
+        after = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())  # type: ignore[index]
+        names = ("torch", "numpy", "random")
+        moved = [name for name, a, b in zip(names, before, after, strict=True) if not (torch.equal(a, b) if name == "torch" else a == b)]
+        _demand(not moved, f"the global generator of {' and '.join(moved)} was used; draw from the batch or context.generator(name)")
+        return ""
+
+    def alone(self) -> str:
+        student = self.short().method.distilled()
+        conditions, seeds = self._few(6)
+        worst = 0.0
+        for steps in self._steps_of(student):
+            together = student.generate(conditions, steps=steps, seeds=seeds).x
+            for i in range(len(seeds)):
+                one = student.generate(conditions[i : i + 1], steps=steps, seeds=seeds[i : i + 1]).x
+                worst = max(worst, float((one[0] - together[i]).abs().max() / (1 + together[i].abs().max())))
+        _demand(worst < 1e-4, f"a sample changes by {worst:.1e} with the batch that it is in")
+        return f"within {worst:.0e}"
+
+    def declared_steps(self) -> str:
+        groups = [(n,) for n in self.info.steps] if self.info.per_step else [tuple(self.info.steps)]
+        for group in groups:
+            student = self.short(steps=group, budget=Budget("check", 2, "steps")).method.distilled()
+            for steps in group:
+                _demand(steps in student.steps, f"{steps} steps are declared, the student offers {student.steps}")
+                with Watch(student) as watch:
+                    samples = self._generate(student, steps, 4)
+                _demand(tuple(samples.x.shape) == (4, *self.track.shape), f"samples at {steps} steps have shape {tuple(samples.x.shape)}")
+                _demand(
+                    watch.rows <= 4 * samples.evaluations, f"{steps} steps say {samples.evaluations} evaluations, spend {watch.rows / 4:g}"
+                )
+        return ", ".join(map(str, self.info.steps))
+
+    def budget_kept(self) -> str:
+        one = self.short(stop_after=1).loop.spent.macs
+        short = self.short()
+        assert short.spent is not None
+        passes = 0.6 * short.spent.macs / short.loop.unit
+        again = self.short(budget=Budget("check", passes, "passes"))
+        assert again.spent is not None
+        cycle = max(one, short.spent.macs // max(1, short.spent.cycles)) / again.loop.unit
+        over = again.spent.passes - passes
+        _demand(over <= 2.0 * cycle, f"overran by {over:.0f} passes, a cycle is {cycle:.0f}")
+        return f"over by {over / cycle:.2f} cycles"
+
+    def files(self) -> str:
+        student = self.short().method.distilled()
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            student.save(folder)
+            foreign = [path.name for path in folder.rglob("*") if path.is_file() and path.suffix not in (".safetensors", ".json")]
+            _demand(not foreign, f"the student wrote {foreign}; only safetensors and json are kept")
+            loaded = self.method_class.student_type.load(folder)
+        for steps in self._steps_of(student):
+            same = torch.equal(self._generate(student, steps, 4).x, self._generate(loaded, steps, 4).x)
+            _demand(same, f"the loaded student gives other samples at {steps} steps")
+        return ""
+
+    def needs(self) -> str:
+        source = self.track.source() if "real data" in self.info.needs else _NoData(self.track.source())
+        with _only(self.info.needs):
+            self.short(source=source)
+        return ", ".join(self.info.needs) or "nothing"
+
+    def _few(self, n: int) -> tuple[Conditions, list[int]]:
+        conditions, seeds = self.track.evaluation()
+        rows = torch.linspace(0, len(conditions) - 1, n).long()
+        return conditions[rows], [int(seeds[int(row)]) for row in rows]
+
+    def _generate(self, student: Student, steps: int, n: int) -> Any:
+        conditions, seeds = self._few(n)
+        return student.generate(conditions, steps=steps, seeds=seeds)
+
+    def _steps_of(self, student: Student) -> tuple[int, ...]:
+        return tuple(student.steps)
+
+
+class _NoData:
+    """A source that gives conditions and refuses data."""
+
+    def __init__(self, source: Source):
+        self.conditions = source.conditions
+
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Conditions]:
+        raise ContractError("real data were drawn, but needs does not name 'real data'")
+
+
+_SURGERY = {"second time": "with_second_time", "guidance input": "with_guidance_input", "log variance": "with_log_variance",
+            "resized": "resized", "lora": "lora"}  # fmt: skip
+
+
+@contextmanager
+def _only(needs: tuple[str, ...]) -> Iterator[None]:
+    """While active, networks refuse the surgery that `needs` does not name."""
+    kept = {name: getattr(Backbone, name) for name in _SURGERY.values()}
+
+    def refuse(need: str) -> Callable[..., Any]:
+        def call(*_args: Any, **_kwargs: Any) -> Any:
+            raise ContractError(f"{need!r} was used, but needs does not name it")
+
+        return call
+
+    try:
+        for need, name in _SURGERY.items():
+            if need not in needs:
+                setattr(Backbone, name, refuse(need))
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(Backbone, name, function)
+
+
+def _demand(holds: bool, why: str) -> None:
+    if not holds:
+        raise ContractError(why)
+
+
+def check_method(target: Any, tracks: tuple[str, ...] | None = None) -> Iterator[Result]:
+    """All checks of a method, one by one; a check that fails says why and the next goes on."""
+    found = find(target)
+    method_class = found.load()
+    yield _outcome("card", lambda: _card(found, method_class))
+    for name in tracks or tuple(FACTS):
+        track = get_track(name)
+        missing = track.missing(found.info)
+        if missing:
+            yield Result(f"{track.id}", True, missing, skipped=True)
+            continue
+        try:
+            kit = Kit(found, method_class, track)
+        except Exception as error:
+            yield Result(f"{track.id}: knobs", False, str(error))
+            continue
+        checks = kit.checks() if name == "mixture2d" or tracks else {"declared steps work": kit.declared_steps}
+        for title, check in checks.items():
+            yield _outcome(f"{track.id}: {title}", check)
+
+
+def _card(found: Found, method_class: type[Method]) -> str:
+    _demand(issubclass(method_class, Method), f"{method_class.__name__} is no distillbench.api.Method")
+    _demand(
+        issubclass(getattr(method_class, "student_type", object), Student),
+        "student_type must name the Student class that load() is asked of",
+    )
+    _demand(dataclasses.is_dataclass(method_class.Config), "Config must be a frozen dataclass")
+    _demand(method_class.info == found.info, "info differs between source and class; write it as literals")
+    undocumented = [f.name for f in dataclasses.fields(method_class.Config) if not f.metadata.get("doc")]
+    _demand(not undocumented, f"knobs without a word of documentation: {', '.join(undocumented)}; use knob(default, doc)")
+    return f"{found.info.id} {found.info.version}, {len(dataclasses.fields(method_class.Config))} knobs"
+
+
+def _outcome(name: str, check: Callable[[], str]) -> Result:
+    try:
+        return Result(name, True, check())
+    except Exception as error:
+        text = " ".join(str(error).split())
+        return Result(name, False, text if isinstance(error, ContractError) else f"{type(error).__name__}: {text}")
