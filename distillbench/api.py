@@ -105,8 +105,8 @@ class Stage:
     """A part of training. A cycle is its turns in listed order, each `repeat` times; checkpoints lie between cycles.
 
     share: of the budget, all shares sum to 1.  begin, end: copies of weights only (swap a teacher, merge a LoRA), so that
-    they can be replayed.  done(): may end the stage early; what it leaves goes to the next stage.  reset: names of turns whose optimisers start afresh.
-    ema: attribute of the method -> Ema that keeps it.
+    they can be replayed.  done(): may end the stage early; what it leaves goes to the next stage.  reset: names of turns whose
+    optimisers start afresh.  ema: attribute of the method -> Ema that keeps it.
     """
 
     name: str

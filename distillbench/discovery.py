@@ -69,7 +69,7 @@ def _source_of(module: str, name: str) -> Path:
 def find(target: Any) -> Found:
     """A method by id, by file (`path.py` or `path.py:Class`), or by class."""
     if inspect.isclass(target):
-        return Found(target.info, Path(inspect.getfile(target)), target.__qualname__, target.__module__)
+        return Found(getattr(target, "info"), Path(inspect.getfile(target)), target.__qualname__, target.__module__)
     text = str(target)
     head, _, class_name = text.rpartition(":") if ".py:" in text else (text, "", "")
     if head.endswith(".py"):
@@ -90,7 +90,7 @@ def _only_class(path: Path) -> str:
         what = "no method (a class with `info = MethodInfo(...)`)" if not names else f"{len(names)} methods ({', '.join(names)})"
         raise UsageError(
             f"{path.name} holds {what}; "
-            + ("write one, or see docs/write-a-method.md" if not names else f"say which: {path.name}:{names[0]}")
+            + ("write one, or see docs/contract.md" if not names else f"say which: {path.name}:{names[0]}")
         )
     return names[0]
 

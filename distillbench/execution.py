@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def run_here(method: Any, *, track: str, budget: str, seed: int, steps: Sequence
             checkpoint = held.run_folder(resolve(job).record.id) / "checkpoint.safetensors"
             if not resume and checkpoint.exists():
                 set_aside(checkpoint)
-            records.append(execute(job, held, lambda fraction, what, number=number: display.update(number, fraction, what)))
+            records.append(execute(job, held, partial(display.update, number)))
             display.update(number, 1.0, records[-1].status)
     return merged(records)
 

@@ -101,10 +101,10 @@ def _listen(worker: _Worker, jobs: list[Job], store: Store, done: dict[int, RunR
         raise KeyboardInterrupt
     if kind == "error":
         raise DistillbenchError(rest[0])
-    record = store.get(rest[0])
-    assert record is not None
-    done[worker.job] = record
-    event(worker.job, 1.0, record.status)
+    stored = store.get(rest[0])
+    assert stored is not None
+    done[worker.job] = stored
+    event(worker.job, 1.0, stored.status)
     worker.job = None
     return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from toys import ToySource, toy_teacher
 
 torch.set_num_threads(1)

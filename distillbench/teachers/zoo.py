@@ -33,7 +33,7 @@ class ZooEntry:
 
 
 ENTRIES = (
-    ZooEntry("mixture2d", "MLP fitted to the exact velocity of the 2-D mixture", "about 3 minutes on one core", "mixture2d"),
+    ZooEntry("mixture2d", "MLP fitted to the exact velocity of the 2-D mixture", "about 2 minutes on one core", "mixture2d"),
     ZooEntry("digits", "flow transformer on 4,000 handwritten digits", "at most 30 minutes on two cores", "digits"),
     ZooEntry("digits-classifier", "classifier whose features score digits", "a few minutes on one core", "digits_classifier"),
 )
@@ -61,6 +61,6 @@ def load_teacher(name: str) -> Denoiser:
 
 def zoo_card(name: str) -> dict[str, Any]:
     """The card of a shipped network: where it came from, what it cost, its checksum and its own scores."""
-    from .files import read_card
+    from .cards import read_card
 
     return read_card(zoo_folder(name))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .base import Track
 
 TRACKS: tuple[str, ...] = tuple(FACTS)
-_CLASSES = {"mixture2d": "Mixture2D", "digits": "DigitsTrack"}  # in the module of the track's name
+_CLASSES = {"mixture2d": "Mixture2D", "digits": "Digits"}  # in the module of the track's name
 
 
 def get_track(track: str) -> Track:

@@ -128,12 +128,12 @@ class Loop:
         self.meter.tracer.watch(networks_of(roots))
         self._parameters = list({id(p): p for root in roots for p in root.parameters()}.values())
         self._moving = None
-        get = {name: operator.attrgetter(name) for name in [*stage.ema, *(ema.of for ema in stage.ema.values())]}
+        get: dict[str, Callable] = {name: operator.attrgetter(name) for name in [*stage.ema, *(ema.of for ema in stage.ema.values())]}
         self._averages = {name: Average(ema, get[name](self.method), get[ema.of](self.method)) for name, ema in stage.ema.items()}
         self._groups = {turn.name: {name: self._group(stage, turn, name, get) for name in turn.updates} for turn in stage.turns}
 
     def _group(self, stage: Stage, turn: Turn, name: str, get: dict[str, Callable]) -> _Group:
-        parameters = list(turn.updates[name].parameters())
+        parameters: list[Tensor] = list(turn.updates[name].parameters())
         own = {id(p) for p in parameters}
         key = f"{turn.name}/{name}"
         if key not in self._optimizers:

@@ -61,7 +61,8 @@ class Average:
 
     def __init__(self, config: Ema, target: nn.Module, source: nn.Module):
         self.config = config
-        self.target, self.source = list(target.parameters()), [p.detach() for p in source.parameters()]
+        self.target: list[Tensor] = list(target.parameters())
+        self.source: list[Tensor] = [p.detach() for p in source.parameters()]
         self.buffers = list(zip(target.buffers(), source.buffers(), strict=True))
         if len(self.target) != len(self.source):
             raise ContractError(f"the average of {config.of!r} has {len(self.target)} parameters, its source {len(self.source)}")

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from distillbench_methods.dmd2 import DMD2
 from torch import Tensor, nn
 
 from distillbench.api import Batch, Conditions, Context, ContractError, external
@@ -25,6 +24,7 @@ from distillbench.parts import critics
 from distillbench.parts.student import FewStepStudent
 from distillbench.randomness import generator_for
 from distillbench.training.loop import Loop
+from distillbench_methods.dmd2 import DMD2
 
 MIXTURE = standard_mixture()
 SIZE = 16

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import Toy, toy_loop
 
 from distillbench.api import Ema, OptimizerConfig, Stage, Turn
 from distillbench.budget import Budget, parse_budget
@@ -21,6 +20,7 @@ from distillbench.training import checkpoint
 from distillbench.training.loop import Interrupted
 from distillbench.training.optimizers import rate_factor
 from distillbench.training.state import tensors_of
+from toys import Toy, toy_loop
 
 HERE = Path(__file__).parent.parent
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import Toy, toy_loop, toy_teacher
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,6 +17,7 @@ from distillbench.networks.mlp import MLP, MLPConfig
 from distillbench.networks.transformer import Transformer, TransformerConfig
 from distillbench.training.costs import count
 from distillbench.training.meter import Meter
+from toys import Toy, toy_loop, toy_teacher
 
 
 def labels(n: int) -> Conditions:

@@ -1,0 +1,64 @@
+# distillbench: `make quickstart` for a leaderboard, `make test` for the tests, `make help` for the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+STORE ?= .distillbench
+JOBS ?= 2
+export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint golden methods-table board-m publish speed clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
+
+$(VENV)/core: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "Installing into $(VENV): torch, numpy, scipy, pandas, matplotlib and a few small packages from PyPI."
+	@echo "Downloads 0.3 to 3 GB (a torch built for GPUs is the large one); one to five minutes on a usual line. Nothing else is fetched, ever."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/core
+	@echo "Installing the test tools: pytest, hypothesis, ruff, mypy, build."
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+quickstart: $(VENV)/core  ## install, train every method on the two embedded tracks, print both leaderboards
+	@echo "Training on two embedded tracks, offline, on $(JOBS) workers: about 2 minutes for mixture2d and 5 for digits on two cores."
+	@$(BIN)/distillbench bench mixture2d --methods all --budget S --seeds 1 --jobs $(JOBS) --store $(STORE)
+	@$(BIN)/distillbench bench digits --budget S --seeds 1 --jobs $(JOBS) --store $(STORE)
+	@echo
+	@echo "Next:  $(BIN)/distillbench board mixture2d --published     your rows beside the published ones"
+	@echo "       $(BIN)/distillbench bench mixture2d --seeds 8       intervals over training seeds"
+	@echo "       $(BIN)/distillbench list methods                    what there is; docs/ says how it works"
+
+test: $(VENV)/dev  ## run the tests
+	@$(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(VENV)/dev  ## ruff and mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check -q . && $(BIN)/mypy
+
+golden: $(VENV)/dev  ## record the golden trajectories again (bump the method's version if one moved)
+	@$(BIN)/python tests/golden/record.py
+
+methods-table: $(VENV)/core  ## write methods/README.md from the methods' cards
+	@$(BIN)/python -m distillbench.methods_table > methods/README.md
+
+board-m: $(VENV)/core  ## the published studies again: mixture2d at S and M with 8 seeds, digits at S with 3
+	@$(BIN)/distillbench bench mixture2d --methods all --budget S --seeds 8 --jobs $(JOBS) --store $(STORE)
+	@$(BIN)/distillbench bench mixture2d --methods all --budget M --seeds 8 --jobs $(JOBS) --store $(STORE)
+	@$(BIN)/distillbench bench digits --budget S --seeds 3 --jobs $(JOBS) --store $(STORE)
+
+publish: $(VENV)/core  ## put the records of $(STORE) into leaderboards/ with rendered tables
+	@$(BIN)/python -m distillbench.publish mixture2d --store $(STORE)
+	@$(BIN)/python -m distillbench.publish digits --store $(STORE)
+
+speed: $(VENV)/dev  ## how fast the harness and the metrics are
+	@$(BIN)/python benchmarks/harness_speed.py
+	@$(BIN)/python benchmarks/metrics_speed.py
+
+clean:  ## remove the virtual environment and caches (never the store)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
