@@ -351,16 +351,15 @@ def test_on_edm_the_noise_leaves_out_what_a_clean_end_carries() -> None:
     seen = []
     f.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     times = consistency_grid(path, 18, "karras")[[0, 9]].tolist()
-    first = None
 
     def noise(k: int) -> Tensor:
         return torch.full((3, 1), float(k == 1), dtype=torch.float64)  # a start of 0, which this function keeps, then ones
 
-    first = parts.multistep(f, Conditions.none(3), times, noise)
+    last = parts.multistep(f, Conditions.none(3), times, noise)
     assert bool((seen[0] == 0).all())
     sigma = float(path.sigma(times[1]))
     torch.testing.assert_close(seen[1], torch.full((3, 1), math.sqrt(sigma**2 - 0.002**2), dtype=torch.float64), rtol=1e-12, atol=0)
-    torch.testing.assert_close(first, f(seen[1], times[1], Conditions.none(3)), rtol=0, atol=0)
+    torch.testing.assert_close(last, f(seen[1], times[1], Conditions.none(3)), rtol=0, atol=0)
 
 
 def test_the_edm_path_has_sigma_for_its_time() -> None:
