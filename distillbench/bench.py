@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from rich.console import Console
 
 from .budget import parse_budget
 from .discovery import discover, find
 from .display import Display
+from .errors import UsageError
 from .jobs import TEACHER, Job, plan, resolve
 from .pool import run_jobs
 from .records import RunRecord
-from .store import Store
+from .store import VARIABLE, Store
 from .tracks.facts import facts_of
 
 SHORT_LIST = {"digits": ("cd", "dmd2")}  # what `bench digits` runs when no methods are named; other tracks run every method
@@ -51,19 +52,32 @@ def still_missing(jobs: Sequence[Job], store: Store) -> list[Job]:
 def name_of(job: Job) -> str:
     if job.is_reference:
         return job.target
-    name = Path(job.target).stem if job.target.endswith(".py") else job.target
-    steps = f" {job.steps[0]}-step" if len(job.steps) == 1 and find(job.target).info.per_step else ""
-    return f"{name}{steps} {job.budget} seed {job.seed}"
+    info = find(job.target).info
+    steps = f" {job.steps[0]}-step" if len(job.steps) == 1 and info.per_step else ""
+    return f"{info.id}{steps} {job.budget} seed {job.seed}"
+
+
+def ensure_writable(store: Store) -> None:
+    """Raises `UsageError` before anything is trained for a store that cannot keep it."""
+    try:
+        store.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=store.folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"the store {store.folder} cannot be written ({error.strerror}); name another with --store or {VARIABLE}"
+        ) from None
 
 
 def run_plan(jobs: Sequence[Job], store: Store, workers: int, console: Console) -> list[RunRecord]:
     """Run what is missing of a plan, with a live display; returns the records of what was run."""
     todo = still_missing(jobs, store)
     if not todo:
-        console.print(f"Nothing to run: all {len(jobs)} jobs of this plan are in {store.folder}.")
+        console.print(f"Nothing to run: all {len(jobs)} jobs of this plan are in {store.folder}.", markup=False, soft_wrap=True)
         return []
+    ensure_writable(store)
     trainings = [job for job in todo if not job.is_reference]
-    console.print(_arithmetic(trainings, len(jobs) - len(todo), workers))
+    console.print(_arithmetic(trainings, len(jobs) - len(todo), workers), markup=False, soft_wrap=True)
     with Display([name_of(job) for job in todo], workers) as display:
         done = run_jobs(todo, store, workers, display.update)
     return [done[number] for number in sorted(done)]
@@ -80,8 +94,8 @@ def _arithmetic(trainings: Sequence[Job], known: int, workers: int) -> str:
     return f"{facts.id}: {len(trainings)} trainings x {each} on {workers} worker{'s' if workers > 1 else ''}{kept}"
 
 
-def measure_missing(track: str, store: Store, console: Console) -> None:
-    """Latency of every student of seed 0 that has none yet, beside the teacher, serially."""
+def measure_missing(track: str, store: Store, console: Console, jobs: Sequence[Job] = ()) -> None:
+    """Latency of every student of seed 0 that has none yet, beside the teacher, serially. `jobs`: where a stranger's files are."""
     facts = facts_of(track)
     timed = {(record.subject, record.steps) for record in store.latencies(facts.id)}
     wanted = [
@@ -96,12 +110,18 @@ def measure_missing(track: str, store: Store, console: Console) -> None:
     from .latency import measure
     from .tracks import get_track
 
+    targets = {resolve(job).record.id: job.target for job in jobs if not job.is_reference}
     students = {}
     for record, steps in wanted:
+        if record.source_sha256 is not None and record.id not in targets:
+            continue  # of a file that this plan does not name
         try:
-            students[record.id, steps] = find(record.method).load().student_type.load(store.student_folder(record.id))
-        except Exception as error:  # a stranger's class, or a damaged folder: the row stays without latency
-            console.print(f"no latency for {record.label}: {type(error).__name__}: {error}")
+            method_class = find(targets.get(record.id, record.method)).load()
+            students[record.id, steps] = method_class.student_type.load(store.student_folder(record.id))
+        except Exception as error:  # a damaged folder, or a class that cannot load: the row stays without latency
+            console.print(f"no latency for {record.label}: {type(error).__name__}: {error}", markup=False)
+    if not students and (TEACHER, max(_steps(track))) in timed:
+        return
     with Display([f"latency, {len(students)} students and the teacher"]) as display:
         for latency in measure(get_track(track), students, say=lambda fraction: display.update(0, fraction, "interleaved rounds")):
             store.add(latency)

@@ -85,7 +85,7 @@ def bench(track: str, methods: str | None, budget: str, seeds: int, jobs: int, s
         return
     console = Console(stderr=True)
     records = benching.run_plan(plan, store, jobs, console)
-    benching.measure_missing(track, store, console)
+    benching.measure_missing(track, store, console, plan)
     _tell_problems(store)
     from .listing import print_board
 
@@ -124,7 +124,11 @@ def show(run_id: str, store_dir: str | None) -> None:
     from .listing import print_record
     from .store import Store
 
-    print_record(Store(store_dir).find(run_id))
+    store = Store(store_dir)
+    try:
+        print_record(store.find(run_id))
+    finally:
+        _tell_problems(store)
 
 
 @cli.group(invoke_without_command=True)
@@ -197,8 +201,10 @@ def demo(out: str) -> None:
     if not shown.rows:
         raise UsageError("this installation carries no published records; run `distillbench bench mixture2d` to make your own")
     click.echo(render(shown, "terminal", width=_width(), color=sys.stdout.isatty()))
-    draw(panels(shown, store), Path(out), "mixture2d, published records: what each method's samples look like")
-    click.echo(f"\nThe picture is {out}. Next: distillbench bench mixture2d")
+    found = panels(shown, store)
+    if found:
+        draw(found, Path(out), "mixture2d, published records: what each method's samples look like")
+        click.echo(f"\nThe picture is {out}. Next: distillbench bench mixture2d")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

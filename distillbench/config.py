@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -27,8 +28,8 @@ def load_recipe(folder: Path, track: str, method: str) -> Recipe:
     if not path.exists():
         return Recipe()
     try:
-        entry = tomllib.loads(path.read_text()).get(method, {})
-    except tomllib.TOMLDecodeError as error:
+        entry = tomllib.loads(path.read_text(encoding="utf-8")).get(method, {})
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path.name} is no valid TOML: {error}") from None
     tuning = entry.get("tuning", {})
     return Recipe(entry.get("values", {}), int(tuning.get("trials", 0)), float(tuning.get("passes", 0.0)))
@@ -47,6 +48,8 @@ def parse_settings(settings: typing.Iterable[str]) -> dict[str, str]:
 
 def make_config(config_class: type, method: str, *layers: Mapping[str, Any]) -> Any:
     """The method's Config with the layers put over its defaults; text is read as the knob's type, and ranges are held."""
+    if not dataclasses.is_dataclass(config_class):
+        raise UsageError(f"{method}: its Config is no dataclass; write @dataclass(frozen=True) above it")
     hints = typing.get_type_hints(config_class)
     fields = {f.name: f for f in dataclasses.fields(config_class)}
     values: dict[str, Any] = {}
@@ -57,13 +60,16 @@ def make_config(config_class: type, method: str, *layers: Mapping[str, Any]) -> 
             values[name] = _check(method, fields[name], _read(method, name, raw, hints[name]))
     try:
         return config_class(**values)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # what its __post_init__ refuses, or a knob without a default
         raise UsageError(f"{method}: {error}") from None
+
+
+_WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def _read(method: str, name: str, raw: Any, hint: Any) -> Any:
     """`raw` (text from the command line, or a TOML value) as the type `hint`."""
-    wanted = getattr(hint, "__name__", str(hint))
+    wanted = _WANTED.get(hint, str(hint))
     try:
         if hint is bool:
             table = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -77,9 +83,9 @@ def _read(method: str, name: str, raw: Any, hint: Any) -> Any:
         if hint in (float, str):
             return hint(raw)
         if typing.get_origin(hint) is tuple:
-            wanted = "comma-separated numbers"
-            items = [part for part in raw.split(",") if part.strip()] if isinstance(raw, str) else list(raw)
-            return tuple(typing.get_args(hint)[0](item) for item in items)
+            wanted = "comma-separated values"
+            items = [part.strip() for part in raw.split(",") if part.strip()] if isinstance(raw, str) else list(raw)
+            return tuple(_read(method, name, item, typing.get_args(hint)[0]) for item in items)
         inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
         if len(inner) == 1:  # X | None
             return None if raw is None or str(raw).lower() == "none" else _read(method, name, raw, inner[0])
@@ -95,9 +101,13 @@ def _check(method: str, field: dataclasses.Field, value: Any) -> Any:
         raise unknown(f"value of knob {field.name} of {method}", str(value), choices)
     for item in value if isinstance(value, tuple) else (value,):
         number = isinstance(item, (int, float)) and not isinstance(item, bool)
-        if number and not ((low is None or item >= low) and (high is None or item <= high)):  # NaN fails both
-            span = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
-            raise UsageError(f"knob {field.name} of {method} is {item}; it goes from {span}")
+        if not number:
+            continue
+        if not math.isfinite(item):
+            raise UsageError(f"knob {field.name} of {method} is {item}; it takes a finite number")
+        if (low is not None and item < low) or (high is not None and item > high):
+            span = f"from {low}" if high is None else f"up to {high}" if low is None else f"from {low} to {high}"
+            raise UsageError(f"knob {field.name} of {method} is {item}; it goes {span}")
     return value
 
 

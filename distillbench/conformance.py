@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .config import load_recipe, make_config
 from .discovery import Found, find
 from .errors import ContractError
 from .info import MethodInfo
-from .networks.backbone import Backbone
+from .networks import KINDS, Backbone
 from .runner import Watch
 from .tracks import get_track
 from .tracks.base import Track
@@ -98,6 +99,11 @@ class Kit:
         steps = options.pop("steps", self.trained_for)
         return short_run(self.method_class, self.config, self.track, steps, **options)
 
+    @cached_property
+    def trained(self) -> Short:
+        """One short training that several checks look at; none of them changes it."""
+        return self.short()
+
     def checks(self) -> dict[str, Callable[[], str]]:
         return {
             "stages": self.stages, "state round trip": self.round_trip, "kill and resume": self.resume,
@@ -107,15 +113,14 @@ class Kit:
         }  # fmt: skip
 
     def stages(self) -> str:
-        method = self.short(stop_after=1).method
+        method = self.trained.method
         first, second = method.stages(), method.stages()
         told = [[(s.name, s.share, [t.name for t in s.turns]) for s in listed] for listed in (first, second)]
         _demand(told[0] == told[1], "stages() gives another list on its second call; it must be pure")
-        state.modules_of(method)
         return f"{len(first)} stage{'s' if len(first) > 1 else ''}, {sum(len(s.turns) for s in first)} turns"
 
     def round_trip(self) -> str:
-        trained, fresh = self.short(), self.short(stop_after=1)
+        trained, fresh = self.trained, self.short(stop_after=1)
         before = trained.tensors
         state.restore(fresh.method, before, state.numbers_of(trained.method))
         after = fresh.tensors
@@ -124,26 +129,28 @@ class Kit:
         return f"{len(before)} tensors"
 
     def resume(self) -> str:
-        whole = self.short().tensors
+        whole, before = self.trained.tensors, _global_generators()
         with tempfile.TemporaryDirectory() as folder:
             self.short(folder=Path(folder), stop_after=CYCLES // 2)
             resumed = self.short(folder=Path(folder)).tensors
         wrong = [name for name in whole if not torch.equal(whole[name], resumed[name])]
-        _demand(not wrong, f"{wrong[:1]} differs between a broken and an unbroken run; is there state outside vars(self)?")
+        why = "is there state that is no module, tensor or number in vars(self)?"
+        if moved := _moved(before):
+            why = f"the global generator of {moved} is no part of the state"
+        _demand(not wrong, f"{wrong[:1]} differs between a broken and an unbroken run; {why}")
         return "bit for bit"
 
     def no_global_randomness(self) -> str:
-        before = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())  # type: ignore[index]
-        short = self.short()
-        self._generate(short.method.distilled(), self._steps_of(short.method.distilled())[0], 4)
-        after = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())  # type: ignore[index]
-        names = ("torch", "numpy", "random")
-        moved = [name for name, a, b in zip(names, before, after, strict=True) if not (torch.equal(a, b) if name == "torch" else a == b)]
-        _demand(not moved, f"the global generator of {' and '.join(moved)} was used; draw from the batch or context.generator(name)")
+        before = _global_generators()
+        student = self.short().method.distilled()
+        for steps in self._steps_of(student):
+            self._generate(student, steps, 4)
+        moved = _moved(before)
+        _demand(not moved, f"the global generator of {moved} was used; draw from the batch, context.generator(name) or the seeds")
         return ""
 
     def alone(self) -> str:
-        student = self.short().method.distilled()
+        student = self.trained.method.distilled()
         conditions, seeds = self._few(6)
         worst = 0.0
         for steps in self._steps_of(student):
@@ -169,8 +176,7 @@ class Kit:
         return ", ".join(map(str, self.info.steps))
 
     def budget_kept(self) -> str:
-        one = self.short(stop_after=1).loop.spent.macs
-        short = self.short()
+        one, short = self.short(stop_after=1).loop.spent.macs, self.trained
         assert short.spent is not None
         passes = 0.6 * short.spent.macs / short.loop.unit
         again = self.short(budget=Budget("check", passes, "passes"))
@@ -181,7 +187,7 @@ class Kit:
         return f"over by {over / cycle:.2f} cycles"
 
     def files(self) -> str:
-        student = self.short().method.distilled()
+        student = self.trained.method.distilled()
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             student.save(folder)
@@ -196,7 +202,10 @@ class Kit:
     def needs(self) -> str:
         source = self.track.source() if "real data" in self.info.needs else _NoData(self.track.source())
         with _only(self.info.needs):
-            self.short(source=source)
+            short = self.short(source=source)
+        # An entry of a trace says at its third place how deep in forward-mode derivatives the network was called.
+        forward_mode = any(entry[2] >= 0 for key in short.loop.meter.prices for entry in key[1:])
+        _demand("jvp" in self.info.needs or not forward_mode, _undeclared("jvp"))
         return ", ".join(self.info.needs) or "nothing"
 
     def _few(self, n: int) -> tuple[Conditions, list[int]]:
@@ -219,32 +228,51 @@ class _NoData:
         self.conditions = source.conditions
 
     def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Conditions]:
-        raise ContractError("real data were drawn, but needs does not name 'real data'")
+        raise ContractError(_undeclared("real data"))
 
 
-_SURGERY = {"second time": "with_second_time", "guidance input": "with_guidance_input", "log variance": "with_log_variance",
-            "resized": "resized", "lora": "lora"}  # fmt: skip
+def _undeclared(need: str) -> str:
+    return f"the method uses {need!r}, but its needs do not name it"
+
+
+def _global_generators() -> tuple[Any, ...]:
+    return torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
+
+
+def _moved(before: tuple[Any, ...]) -> str:
+    """Whose global generators have been drawn from since: "torch and numpy", or nothing."""
+    pairs = zip(("torch", "numpy", "random"), before, _global_generators(), strict=True)
+    return " and ".join(name for name, a, b in pairs if not (torch.equal(a, b) if name == "torch" else a == b))
+
+
+# What of a network cannot be had without its method (for taps: without the check that every use of one passes).
+_SURGERY = {
+    "taps": "_check_tap", "second time": "with_second_time", "guidance input": "with_guidance_input",
+    "log variance": "with_log_variance", "resized": "resized", "lora": "lora",
+}  # fmt: skip
 
 
 @contextmanager
 def _only(needs: tuple[str, ...]) -> Iterator[None]:
-    """While active, networks refuse the surgery that `needs` does not name."""
-    kept = {name: getattr(Backbone, name) for name in _SURGERY.values()}
-
-    def refuse(need: str) -> Callable[..., Any]:
-        def call(*_args: Any, **_kwargs: Any) -> Any:
-            raise ContractError(f"{need!r} was used, but needs does not name it")
-
-        return call
-
+    """While active, networks refuse the surgery and the taps that `needs` does not name."""
+    kept = []
+    for need, name in _SURGERY.items():
+        for kind in (Backbone, *KINDS.values()):
+            if need not in needs and name in vars(kind):
+                kept.append((kind, name, vars(kind)[name]))
+                setattr(kind, name, _refusing(need))
     try:
-        for need, name in _SURGERY.items():
-            if need not in needs:
-                setattr(Backbone, name, refuse(need))
         yield
     finally:
-        for name, function in kept.items():
-            setattr(Backbone, name, function)
+        for kind, name, function in kept:
+            setattr(kind, name, function)
+
+
+def _refusing(need: str) -> Callable[..., Any]:
+    def refuse(*_args: Any, **_kwargs: Any) -> Any:
+        raise ContractError(_undeclared(need))
+
+    return refuse
 
 
 def _demand(holds: bool, why: str) -> None:
@@ -269,8 +297,14 @@ def check_method(target: Any, tracks: tuple[str, ...] | None = None) -> Iterator
             yield Result(f"{track.id}: knobs", False, str(error))
             continue
         checks = kit.checks() if name == "mixture2d" or tracks else {"declared steps work": kit.declared_steps}
+        trains = True
         for title, check in checks.items():
-            yield _outcome(f"{track.id}: {title}", check)
+            if not trains:
+                yield Result(f"{track.id}: {title}", True, "not reached: the method does not train", skipped=True)
+                continue
+            result = _outcome(f"{track.id}: {title}", check)
+            trains = result.passed or title != "stages"
+            yield result
 
 
 def _card(found: Found, method_class: type[Method]) -> str:
@@ -281,6 +315,10 @@ def _card(found: Found, method_class: type[Method]) -> str:
     )
     _demand(dataclasses.is_dataclass(method_class.Config), "Config must be a frozen dataclass")
     _demand(method_class.info == found.info, "info differs between source and class; write it as literals")
+    _demand(
+        ("real data" in found.info.needs) == ("real" in found.info.data_access),
+        f"needs {'name' if 'real data' in found.info.needs else 'do not name'} 'real data', data_access is {found.info.data_access!r}",
+    )
     undocumented = [f.name for f in dataclasses.fields(method_class.Config) if not f.metadata.get("doc")]
     _demand(not undocumented, f"knobs without a word of documentation: {', '.join(undocumented)}; use knob(default, doc)")
     return f"{found.info.id} {found.info.version}, {len(dataclasses.fields(method_class.Config))} knobs"

@@ -7,6 +7,8 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
+import re
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,9 +35,20 @@ class Found:
     module: str | None = None
 
     def load(self) -> type[Method]:
-        """Import the class (this runs the method's file, and imports torch)."""
-        module = importlib.import_module(self.module) if self.module else _import_file(self.path)
-        return getattr(module, self.class_name)
+        """Import the class (this runs the method's file, and imports torch). Raises `UsageError` if that fails."""
+        from .api import Method
+
+        try:
+            module = importlib.import_module(self.module) if self.module else _import_file(self.path, self.source_sha256)
+        except (Exception, SystemExit) as error:
+            if os.environ.get("DISTILLBENCH_DEBUG"):
+                raise
+            text = " ".join(str(error).split())[:300]
+            raise UsageError(f"{self.path.name} fails on import: {type(error).__name__}: {text}") from error
+        found = getattr(module, self.class_name, None)
+        if not (inspect.isclass(found) and issubclass(found, Method)):
+            raise UsageError(f"{self.path.name}: {self.class_name} is no distillbench.api.Method; let it inherit from Method")
+        return found
 
     @property
     def source_sha256(self) -> str:
@@ -67,9 +80,10 @@ def _source_of(module: str, name: str) -> Path:
 
 
 def find(target: Any) -> Found:
-    """A method by id, by file (`path.py` or `path.py:Class`), or by class."""
+    """A method by id, by file (`path.py` or `path.py:Class`), or by class (which is found again in the file that defines it)."""
     if inspect.isclass(target):
-        return Found(getattr(target, "info"), Path(inspect.getfile(target)), target.__qualname__, target.__module__)
+        installed = [found for found in discover().values() if (found.module, found.class_name) == (target.__module__, target.__qualname__)]
+        return installed[0] if installed else find(f"{_file_of(target)}:{target.__qualname__}")
     text = str(target)
     head, _, class_name = text.rpartition(":") if ".py:" in text else (text, "", "")
     if head.endswith(".py"):
@@ -84,24 +98,41 @@ def find(target: Any) -> Found:
     return methods[text]
 
 
+def _file_of(target: type) -> str:
+    try:
+        path = inspect.getfile(target)
+    except (TypeError, OSError):
+        path = ""
+    if not path.endswith(".py"):
+        raise UsageError(f"{target.__qualname__} is not written in a file, so no worker and no later run could find it; put it in one")
+    return path
+
+
 def _only_class(path: Path) -> str:
     names = list(_classes(path))
     if len(names) != 1:
         what = "no method (a class with `info = MethodInfo(...)`)" if not names else f"{len(names)} methods ({', '.join(names)})"
         raise UsageError(
-            f"{path.name} holds {what}; "
-            + ("write one, or see docs/contract.md" if not names else f"say which: {path.name}:{names[0]}")
+            f"{path.name} holds {what}; " + ("write one, or see docs/contract.md" if not names else f"say which: {path.name}:{names[0]}")
         )
     return names[0]
 
 
-@lru_cache
 def _classes(path: Path) -> dict[str, ast.Call]:
     """The classes of a file that state an `info = MethodInfo(...)`."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        return _classes_in(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path.name} cannot be read ({error.strerror})") from None
+    except SyntaxError as error:
+        raise UsageError(f"{path.name} is no valid Python: {error.msg} (line {error.lineno})") from None
+    except (ValueError, RecursionError, MemoryError) as error:  # not UTF-8, null bytes, nested beyond reason
         raise UsageError(f"{path.name} is no valid Python: {error}") from None
+
+
+@lru_cache
+def _classes_in(source: str) -> dict[str, ast.Call]:
+    tree = ast.parse(source)
     found = {}
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
@@ -123,6 +154,10 @@ def _one_info(path: Path, class_name: str) -> MethodInfo:
         raise UsageError(f"{path.name}: the info of {class_name} is wrong: {error}") from None
     if not isinstance(info, MethodInfo):
         raise UsageError(f"{path.name}: the info of {class_name} is no MethodInfo(...)")
+    if not isinstance(info.id, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", info.id) or info.id in ("all", "teacher", "truth"):
+        raise UsageError(f"{path.name}: the id of {class_name} is {info.id!r}; write a short name of letters, digits, _ . -")
+    if not isinstance(info.steps, tuple) or not info.steps or any(type(n) is not int or n < 1 for n in info.steps):
+        raise UsageError(f"{path.name}: steps of {class_name} is {info.steps!r}; write a tuple of step counts such as (1, 2, 4)")
     return info
 
 
@@ -135,11 +170,16 @@ def _literal(node: ast.expr) -> Any:
         return kind(*[_literal(a) for a in node.args], **{str(k.arg): _literal(k.value) for k in node.keywords})
     if isinstance(node, ast.Tuple):
         return tuple(_literal(item) for item in node.elts)
-    return ast.literal_eval(node)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise ValueError(f"{ast.unparse(node)[:60]!r} (line {node.lineno}) is no literal; write strings, numbers and tuples out") from None
 
 
-def _import_file(path: Path) -> Any:
-    name = f"distillbench_file_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+@lru_cache
+def _import_file(path: Path, source_sha256: str) -> Any:
+    """The module of a lone file: run once a process, and again when its text has changed."""
+    name = f"distillbench_file_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}_{source_sha256[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UsageError(f"{path.name} cannot be imported")
@@ -147,7 +187,7 @@ def _import_file(path: Path) -> Any:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except BaseException:
         del sys.modules[name]
-        raise UsageError(f"{path.name} fails on import: {type(error).__name__}: {error}") from error
+        raise
     return module

@@ -31,8 +31,8 @@ class Display:
         self._logged = self.started
         self._live = self.console.is_terminal
         self._bars = Progress(
-            TextColumn("{task.description:<30}"), BarColumn(24), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(),
-            TextColumn("{task.fields[what]}"), console=self.console, disable=not self._live,
+            TextColumn("{task.description:<30}", markup=False), BarColumn(24), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(),
+            TextColumn("{task.fields[what]}", markup=False), console=self.console, disable=not self._live,
         )  # fmt: skip
 
     def __enter__(self) -> Display:

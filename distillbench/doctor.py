@@ -84,8 +84,9 @@ def _zoo() -> Iterator[Finding]:
 
 def _store() -> Finding:
     folder = store_folder()
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())  # what would have to be written to make it
     try:
-        with tempfile.TemporaryFile(dir=folder if folder.is_dir() else "."):
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
         return "broken", "store", f"{folder} cannot be written ({error.strerror}); name another with --store or DISTILLBENCH_STORE"

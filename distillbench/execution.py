@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .bench import name_of
+from .bench import ensure_writable, name_of
 from .discovery import find
 from .display import Display
 from .errors import UsageError
@@ -26,9 +26,10 @@ def run_here(method: Any, *, track: str, budget: str, seed: int, steps: Sequence
     possible = find(target).info.steps
     if not steps or any(n not in possible for n in steps):
         raise UsageError(f"{target} is made for {', '.join(map(str, possible))} steps, not {', '.join(map(str, steps)) or 'none'}")
-    told = {name: str(value) for name, value in (settings or {}).items()}
+    told = {name: _as_text(value) for name, value in (settings or {}).items()}
     jobs = [Job(target, track, budget, seed, part, told) for part in split(target, steps)]
     held = Store(store)
+    ensure_writable(held)
     records = []
     with Display([name_of(job) for job in jobs]) if show else _Silent() as display:
         for number, job in enumerate(jobs):
@@ -42,7 +43,12 @@ def run_here(method: Any, *, track: str, budget: str, seed: int, steps: Sequence
 
 def _as_target(method: Any) -> str:
     found = find(method)
-    return f"{found.path}:{found.class_name}"
+    return found.info.id if found.module else f"{found.path}:{found.class_name}"
+
+
+def _as_text(value: Any) -> str:
+    """A knob's value as `--set` would give it."""
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 class _Silent:

@@ -59,8 +59,11 @@ def resolve(job: Job) -> Resolved:
     facts = facts_of(job.track)
     if not job.steps or any(n < 1 for n in job.steps):
         raise UsageError(f"step counts are whole numbers from 1, not {', '.join(map(str, job.steps)) or 'none'}")
+    if not isinstance(job.seed, int) or job.seed < 0:
+        raise UsageError(f"a seed is a whole number from 0, not {job.seed!r}")
     if job.is_reference:
-        return Resolved(job, facts, _record(job, facts, method=job.target, version=0, label=job.target, config={}, budget=None))
+        config = {"solver": facts.solver} if job.target == TEACHER else {}
+        return Resolved(job, facts, _record(job, facts, method=job.target, version=0, label=job.target, config=config, budget=None))
     found = find(job.target)
     budget = parse_budget(job.budget, facts.budgets)
     method_class = found.load()
@@ -104,8 +107,19 @@ def split(target: str, steps: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(steps)]
 
 
-def plan(track: str, methods: Iterable[str], *, budget: str, seeds: Iterable[int], steps: Sequence[int], reference_steps: Sequence[int],
-         settings: Mapping[str, str] | None = None, threads: int = 1, device: str = "cpu", dtype: str = "float32") -> list[Job]:  # fmt: skip
+def plan(
+    track: str,
+    methods: Iterable[str],
+    *,
+    budget: str,
+    seeds: Iterable[int],
+    steps: Sequence[int],
+    reference_steps: Sequence[int],
+    settings: Mapping[str, str] | None = None,
+    threads: int = 1,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> list[Job]:
     """References first, then every method, seed by seed, so that an early stop leaves whole seeds."""
     common: dict[str, Any] = {"track": track, "threads": threads, "device": device, "dtype": dtype}
     jobs = [Job(TEACHER, steps=tuple(reference_steps), **common), Job(TRUTH, steps=(1,), **common)]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .discovery import discover
@@ -72,9 +73,10 @@ def zoo_rows() -> Rows:
         except BadFileError as error:
             rows.append({"name": entry.name, "what": entry.title, "parameters": "-", "recipe": str(error), "sha256": "-"})
             continue
-        recipe = f"distillbench zoo train {entry.name}"
-        rows.append({"name": entry.name, "what": f"{entry.title} ({entry.cost})", "parameters": f"{card.get('parameters', 0):,}", "recipe": recipe,
-                     "sha256": card["sha256"][:12]})  # fmt: skip
+        rows.append({
+            "name": entry.name, "what": f"{entry.title} ({entry.cost})", "parameters": f"{card.get('parameters', 0):,}",
+            "recipe": f"distillbench zoo train {entry.name}", "sha256": card["sha256"][:12],
+        })  # fmt: skip
     return rows
 
 
@@ -93,7 +95,7 @@ def print_rows(what: str, rows: Rows) -> None:
     for column in _SHOWN[what]:
         table.add_column(column.replace("_", " "))
     for row in rows:
-        table.add_row(*[_text(row[column]) for column in _SHOWN[what]])
+        table.add_row(*[escape(_text(row[column])) for column in _SHOWN[what]])
     console().print(table)
 
 
@@ -137,13 +139,14 @@ def print_record(record: RunRecord) -> None:
     """One record as a person reads it."""
     out = console()
     budget = record.budget or {}
-    out.print(f"[bold]{record.label}[/] on {record.track}, seed {record.seed}, budget {budget.get('name', 'none')}: {record.status}")
+    status = escape(record.status)
+    out.print(f"[bold]{escape(record.label)}[/] on {record.track}, seed {record.seed}, budget {budget.get('name', 'none')}: {status}")
     out.print(f"run {record.id}, trained for {_text(record.trained_for)} steps, {record.parameters or 0:,} parameters")
     if record.spent:
         spent = record.spent
         out.print(
-            f"spent {spent.get('passes', 0):,.0f} teacher passes in {spent.get('seconds', 0):.1f} s: {spent.get('updates', 0):,.0f} updates, "
-            f"{spent.get('images', 0):,.0f} examples, {spent.get('peak_memory_mb', 0):,.0f} MB"
+            f"spent {spent.get('passes', 0):,.0f} teacher passes in {spent.get('seconds', 0):.1f} s: "
+            f"{spent.get('updates', 0):,.0f} updates, {spent.get('images', 0):,.0f} examples, {spent.get('peak_memory_mb', 0):,.0f} MB"
         )
     if record.scores:
         names = [score["name"] for score in next(iter(record.scores.values()))]
@@ -155,4 +158,4 @@ def print_record(record: RunRecord) -> None:
             table.add_row(steps, *["-" if score["value"] is None else f"{score['value']:.4g}" for score in scores])
         out.print(table)
     if record.config:
-        out.print("knobs: " + ", ".join(f"{name}={value}" for name, value in record.config.items()))
+        out.print("knobs: " + ", ".join(f"{name}={value}" for name, value in record.config.items()), markup=False)

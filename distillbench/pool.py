@@ -8,12 +8,14 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from .errors import DistillbenchError
+from .errors import DistillbenchError, UsageError
 from .jobs import Job, resolve
 from .records import RunRecord
 from .store import Store
@@ -44,7 +46,7 @@ def run_jobs(jobs: list[Job], store: Store, workers: int, event: Event) -> dict[
             for place, worker in enumerate(crew):
                 if worker.job is not None and time.monotonic() - worker.heard > SILENCE:
                     worker.process.kill()  # its link closes, and _listen records why
-                if worker.link in ready and not _listen(worker, jobs, store, done, event):
+                if worker.link in ready and not _listen(worker, jobs, store, done, event) and waiting:
                     crew[place] = worker = _start(store.folder)
                 if worker.job is None and waiting:
                     _give(worker, waiting, jobs)
@@ -65,7 +67,14 @@ def _start(folder: Path) -> _Worker:
     here, there = context.Pipe()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     process = context.Process(target=_work, args=(there, str(folder)), daemon=True)
-    process.start()
+    # Ctrl-C reaches every process of the terminal. The worker is born with it blocked and is told to stop by SIGTERM, once: the loop takes
+    # a second signal as "at once, without saving".
+    resource_tracker.ensure_running()  # start() does this otherwise, and it ends by unblocking
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     there.close()
     return _Worker(process, here)
 
@@ -74,7 +83,8 @@ def _give(worker: _Worker, waiting: list[int], jobs: list[Job]) -> None:
     if waiting:
         worker.job = waiting.pop(0)
         worker.heard = time.monotonic()
-        worker.link.send(jobs[worker.job])
+        with suppress(OSError):  # a worker that died since its last word: its link is at its end, and _listen records why
+            worker.link.send(jobs[worker.job])
 
 
 def _listen(worker: _Worker, jobs: list[Job], store: Store, done: dict[int, RunRecord], event: Event) -> bool:
@@ -110,18 +120,17 @@ def _listen(worker: _Worker, jobs: list[Job], store: Store, done: dict[int, RunR
 
 
 def _let_finish(crew: list[_Worker]) -> None:
-    """Ctrl-C reaches the workers too; wait until their state is on disk."""
+    """Tell the workers to stop, and wait until their state is on disk."""
     end = time.monotonic() + PATIENCE
     for worker in crew:
         if worker.process.is_alive():
-            os.kill(worker.process.pid, signal.SIGTERM)
+            worker.process.terminate()
     for worker in crew:
         worker.process.join(timeout=max(0.1, end - time.monotonic()))
 
 
 def _work(link: Connection, folder: str) -> None:
     """The worker's life: a job, its progress, its record's id; again."""
-    from .runner import execute
     from .training.loop import Interrupted
 
     store = Store(folder)
@@ -131,12 +140,14 @@ def _work(link: Connection, folder: str) -> None:
         nonlocal last
         if time.monotonic() - last > 0.25:
             last = time.monotonic()
-            link.send(("progress", fraction, what))
+            try:
+                link.send(("progress", fraction, what))
+            except OSError:  # the parent is dead: stop as if it had asked for it
+                os.kill(os.getpid(), signal.SIGTERM)
 
     try:
         while True:
-            job = link.recv()
-            link.send(("done", execute(job, store, report).id))
+            link.send(("done", _record_of(link.recv(), store, report).id))
     except (EOFError, BrokenPipeError):
         return
     except (Interrupted, KeyboardInterrupt):
@@ -145,8 +156,19 @@ def _work(link: Connection, folder: str) -> None:
         _send(link, ("error", str(error)))
 
 
-def _send(link: Connection, message: tuple) -> None:
+def _record_of(job: Job, store: Store, report: Callable[[float, str], None]) -> RunRecord:
+    """In a plan, a knob that only `build` can judge costs its job alone."""
+    from .runner import execute
+
+    resolved = resolve(job)
     try:
+        return execute(job, store, report)
+    except UsageError as error:
+        record = dataclasses.replace(resolved.record, status=f"failed: {error}").scrubbed()
+        store.add(record)  # raises where the store cannot be written
+        return record
+
+
+def _send(link: Connection, message: tuple) -> None:
+    with suppress(OSError):  # the parent has gone; the state is on disk
         link.send(message)
-    except (BrokenPipeError, OSError):
-        pass  # the parent has gone; the state is on disk

@@ -1,29 +1,33 @@
-"""Put a store's records into `leaderboards/<track>/`: read-only records, previews, rendered tables and the picture.
+"""Put a store's records into `leaderboards/<track>/`: read-only records, previews, rendered tables and the picture; and into the README.
 
-python -m distillbench.publish mixture2d --store .distillbench
+    python -m distillbench.publish mixture2d --store .distillbench
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import click
 
-from .leaderboard import render
+from .leaderboard import Board, render, verdict
+from .leaderboard.texts import latency_text, places_by_column, ratio_text, score_text, spent_text, trained_for_text
 from .listing import board_of
 from .pictures import draw, panels
 from .store import Store
 from .tracks.facts import facts_of
 
 NAMED = ("S", "M", "L")
+BRIEF = {"mixture2d": ("in-mode", "sliced-w2", "coverage"), "digits": ("fd", "recall", "label-agreement")}  # columns in the README
 
 
 @click.command()
 @click.argument("track")
 @click.option("--store", "source", default=None, metavar="DIR")
 @click.option("--out", default="leaderboards", show_default=True, metavar="DIR")
-def main(track: str, source: str | None, out: str) -> None:
+@click.option("--readme", default="README.md", show_default=True, metavar="FILE")
+def main(track: str, source: str | None, out: str, readme: str) -> None:
     """Publish the ok runs of TRACK under named budgets with the track's recipe, and its references."""
     facts = facts_of(track)
     held = Store(source)
@@ -41,12 +45,43 @@ def main(track: str, source: str | None, out: str) -> None:
             target.add(latency)
     board = board_of(facts.name, target)
     folder = target.folder
-    (folder / "table.md").write_text(render(board, "markdown") + "\n")
-    (folder / "table.tex").write_text(render(board, "latex") + "\n")
-    (folder / "table.csv").write_text(render(board, "csv") + "\n")
-    draw(panels(board, target), folder / "samples.png", f"{facts.id}: what the samples look like")
+    for ending, form in (("md", "markdown"), ("tex", "latex"), ("csv", "csv")):
+        (folder / f"table.{ending}").write_text(render(board, form))
+    draw(panels(board, target), folder / "samples.png", f"{facts.id}: samples of each method, one colour a class")
     (folder / ".lock").unlink(missing_ok=True)
+    page = Path(readme)
+    page.write_text(with_block(page.read_text(), f"board {facts.name}", brief(board)))
     click.echo(f"{len(kept)} records in {folder}")
+
+
+def with_block(text: str, name: str, block: str) -> str:
+    """The text with what stands between `<!-- name -->` and `<!-- end -->` replaced."""
+    return re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{block.strip()}\n{m[2]}", text, flags=re.DOTALL)
+
+
+def brief(board: Board) -> str:
+    """The board at its smallest budget in a few columns, with its verdict and picture."""
+    facts = board.facts
+    budget = board.sections()[0]
+    rows = [row for row in board.under(budget) if row.is_truth or row.kind == "run" or row.steps in (1, 2, 4, 50)]
+    names, places = BRIEF[facts.name], places_by_column(board)
+    seeds = max((len(row.seeds) for row in rows if row.kind == "run"), default=0)
+    arrows = ["↑" if board.higher_is_better(name) else "↓" for name in names]
+    batch = facts.latency_batch
+    lines = [
+        f"**`{facts.id}`**, budget S ({facts.budgets['S']:.3g} teacher passes), {seeds} training seeds, 95 % intervals over seeds:", "",
+        "| method | evaluations | " + " | ".join(f"{name} {arrow}" for name, arrow in zip(names, arrows, strict=True))
+        + f" | trained for | seconds | latency, batch {batch} | ratio to teacher at 50 |",
+        "|---|---|" + "---|" * (len(names) + 4),
+    ]  # fmt: skip
+    for row in rows:
+        cells = [score_text(row, name, places[name], interval=row.kind == "run") or "-" for name in names]
+        latency = row.latency.get(batch)
+        tail = ["-"] * 4 if row.is_truth else [trained_for_text(row, facts), spent_text(row, "seconds"), latency_text(latency), ratio_text(latency)]
+        evaluations = "-" if row.is_truth else str(row.evaluations)
+        lines.append("| " + " | ".join([f"**{row.label}**" if row.kind == "run" else row.label, evaluations, *cells, *tail]) + " |")
+    lines += ["", verdict(board, board.under(budget)), "", f"![samples](leaderboards/{facts.name}/samples.png)"]
+    return "\n".join(lines)
 
 
 def _copy_previews(source: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ import resource
 import shutil
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from .api import Conditions, Context, Samples, Student
 from .budget import Budget
 from .diffusion.solvers import SOLVERS, time_grid
-from .errors import ContractError, NonFiniteError, NotApplicable, UsageError
+from .errors import BadFileError, ContractError, DistillbenchError, NonFiniteError, NotApplicable, UsageError
 from .jobs import TEACHER, TRUTH, Job, Resolved, resolve
 from .networks.files import sha256_file
 from .randomness import sample_noise
@@ -39,7 +40,8 @@ Report = Callable[[float, str], None]  # fraction of the job in [0, 1], what is 
 def execute(job: Job, store: Store, report: Report | None = None) -> RunRecord:
     """Run a job and store its record; a job that is already done is returned as it is.
 
-    A method's failure becomes a record with status "failed: why". `Interrupted` and `UsageError` pass through.
+    A method's failure becomes a record with status "failed: why". `Interrupted` passes through, and so does the `UsageError` of a wrong
+    name or knob, also one that `build` finds.
     """
     resolved = resolve(job)
     known = store.get(resolved.record.id)
@@ -54,19 +56,26 @@ def execute(job: Job, store: Store, report: Report | None = None) -> RunRecord:
     except NotApplicable as error:
         record = dataclasses.replace(resolved.record, status=f"skipped: {error}")
     except Exception as error:
-        record = dataclasses.replace(resolved.record, status=f"failed: {_one_line(error)}")
+        record = dataclasses.replace(resolved.record, status=f"failed: {_one_line(error, resolved)}")
         if os.environ.get("DISTILLBENCH_DEBUG"):
             traceback.print_exc()
     record = record.scrubbed()
-    store.add(record)
+    try:
+        store.add(record)
+    except BadFileError as error:  # the method's results hold something that no record may
+        record = dataclasses.replace(resolved.record, status=f"failed: {error}").scrubbed()
+        store.add(record)
     return record
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, resolved: Resolved) -> str:
+    """The reason, with the last line of the method's own file that led to it."""
     text = " ".join(str(error).split())[:300]
-    if isinstance(error, (ContractError, NonFiniteError)):
+    if isinstance(error, DistillbenchError):
         return text
-    where = traceback.extract_tb(error.__traceback__)[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if resolved.found is not None and Path(frame.filename).name == resolved.found.path.name]
+    where = (own or frames)[-1]
     return f"{type(error).__name__}: {text or 'no message'} ({Path(where.filename).name}:{where.lineno})"
 
 
@@ -79,6 +88,15 @@ def _run(resolved: Resolved, store: Store, say: Report) -> RunRecord:
         return dataclasses.replace(record, status=f"skipped: {missing}")
     _reset_peak_memory(job.device)
     method, context = build(resolved, track, store.run_folder(record.id))
+    try:
+        return _trained(resolved, store, say, track, method, context)
+    except UsageError as error:  # after build nobody types anything any more: it is the method's mistake
+        raise ContractError(str(error)) from error
+
+
+def _trained(resolved: Resolved, store: Store, say: Report, track: Track, method: Any, context: Context) -> RunRecord:
+    """Train, save and score a built method."""
+    job, record = resolved.job, resolved.record
     assert record.budget is not None
     loop = Loop(
         method, context, track.source(), Budget(record.budget["name"], record.budget["amount"], record.budget["unit"]),
@@ -100,7 +118,7 @@ def _run(resolved: Resolved, store: Store, say: Report) -> RunRecord:
     (folder / "losses.json").write_text(json.dumps(loop.position.losses))
     return dataclasses.replace(
         record, status="ok", scores=scores, evaluations=evaluations, spent=used, parameters=_parameters(student),
-        checksums={"student": _checksum(folder)}, data_access=record.data_access,
+        checksums={"student": _checksum(folder)},
     )  # fmt: skip
 
 
@@ -161,7 +179,16 @@ class Watch:
 
     @property
     def rows(self) -> int:
-        return sum(entry[3][0][0] for entry in self.tracer.entries if isinstance(entry[3], tuple))
+        """Of all calls: the first dimension of the first tensor among a call's arguments."""
+        return sum(_rows(entry[3:]) for entry in self.tracer.entries)
+
+
+def _rows(described: tuple) -> int:
+    for what in described:
+        named = what[1] if isinstance(what, tuple) and isinstance(what[0], str) else what  # keyword arguments come as (name, value)
+        if isinstance(named, tuple) and named and isinstance(named[0], torch.Size):
+            return named[0][0] if named[0] else 1
+    return 0
 
 
 @torch.no_grad()
@@ -176,7 +203,7 @@ def sample_teacher(track: Track, steps: int, *, device: str = "cpu", conditions:
     for start in range(0, len(conditions), CHUNK):
         part = slice(start, min(start + CHUNK, len(conditions)))
         x = sample_noise(list(seeds[part]), track.shape).to(device) * float(teacher.path.sigma(times[0]))
-        parts.append(SOLVERS[track.solver](teacher, x, conditions[part].to(device), times, guidance_scale=track.guidance).float().cpu())
+        parts.append(SOLVERS[track.facts.solver](teacher, x, conditions[part].to(device), times, guidance_scale=track.guidance).float().cpu())
     return Samples(torch.cat(parts), steps * teacher.evaluations(track.guidance))
 
 
@@ -215,7 +242,7 @@ def _save_student(student: Student, folder: Path) -> Path:
     """Whole or not at all; an older attempt at the same run is replaced."""
     beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.parent.mkdir(parents=True, exist_ok=True)
+    beside.mkdir(parents=True)
     student.save(beside)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)
@@ -239,10 +266,8 @@ def _reset_peak_memory(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         return
-    try:
+    with suppress(OSError):  # elsewhere than on Linux the figure is the process's own peak
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # elsewhere than on Linux the figure is the process's own peak
 
 
 def _peak_memory(device: str) -> float:

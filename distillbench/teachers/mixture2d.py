@@ -32,6 +32,7 @@ LEARNING_RATE = 1e-2
 EARLIEST = 0.004  # smallest time trained on; below it x is clean to 0.4 % of its scale
 
 TIME_BINS = (EARLIEST, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
+ERROR_SAMPLES = 131_072
 SCORED_STEPS = (1, 2, 4, 8, 50)
 SCORED_PER_CLASS = 1024
 
@@ -119,12 +120,12 @@ def exact_velocity(mixture: Mixture, x: Tensor, t: Tensor, conditions: Condition
 
 
 @torch.no_grad()
-def velocity_errors(denoiser: Denoiser, mixture: Mixture, n: int = 131_072) -> dict[str, float]:
+def velocity_errors(denoiser: Denoiser, mixture: Mixture) -> dict[str, float]:
     """Root mean square error of the velocity over that of the velocity itself, on fresh noised samples: by time, and by label.
 
     A few points between modes carry much of it, so it takes many samples to be known to a tenth.
     """
-    x, t, conditions, velocity = training_batch(mixture, n, generator_for(0, "teacher/errors", 0))
+    x, t, conditions, velocity = training_batch(mixture, ERROR_SAMPLES, generator_for(0, "teacher/errors", 0))
     error = (denoiser.velocity(x.float(), t, conditions) - velocity).square().sum(1)
     size = velocity.square().sum(1)
     parts = {f"t {low} to {high}": (t >= low) & (t < high) for low, high in pairwise(TIME_BINS)}

@@ -28,7 +28,6 @@ class Track(ABC):
     batch_size: ClassVar[int]  # of a training turn that names none
     evaluations: ClassVar[int]  # samples that a score is made of
     guidance: ClassVar[float] = 1.0  # scale under which the teacher is sampled and compared
-    solver: ClassVar[str] = "ddim"  # of the teacher rows
     preview: ClassVar[int] = 100  # samples kept of each row for pictures
     reference_steps: ClassVar[tuple[int, ...]] = (1, 2, 4, 8, 50)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar
@@ -76,13 +77,17 @@ class Digits(Track):
         Of 5,000 images no 3,000 can be held out. To the reference, training images are what a perfect student's samples would be, but
         the classifier was fitted to them: label-agreement is up to 2 % too high, and the features are a little too well separated.
         """
-        train = load_digits("train")
-        order = torch.randperm(len(train), generator=generator_for(0, "digits/floor", 0))
-        rows = torch.stack([order[train.labels[order] == label][: self.evaluations // CLASSES] for label in range(CLASSES)], 1).flatten()
         note = "training images in the place of samples"
-        scores = [dataclasses.replace(score, note=note) for score in self.score(train.images[rows])]
+        scores = [dataclasses.replace(score, note=note) for score in self.score(self.truth())]
         nearest = dataclasses.replace(self._score("nearest", 1.0), n=len(held_out().nearest), note="held-out images, 1 by definition")
         return [nearest if score.name == "nearest" else score for score in scores]
+
+    def truth(self) -> Tensor:
+        train = load_digits("train")
+        order = torch.randperm(len(train), generator=generator_for(0, "digits/floor", 0))
+        per_class = self.evaluations // CLASSES
+        rows = torch.stack([order[train.labels[order] == label][:per_class] for label in range(CLASSES)], 1).flatten()
+        return train.images[rows]
 
     def _score(self, name: str, value: float) -> Score:
         estimator, domain, higher, unit = SCORES[name]
@@ -104,7 +109,7 @@ def _identity(name: str, estimator: str, domain: str) -> dict[str, Any]:
         n_generated=Digits.evaluations,
         n_reference=sizes.get(name, len(load_digits("held-out"))),
         reference_sha256=reference,
-        prompts_sha256=None,
+        prompts_sha256=hashlib.sha256(evaluation_labels().numpy().astype("<i8").tobytes()).hexdigest(),
         seeds=evaluation_seeds(),
     )
 

@@ -96,7 +96,7 @@ class ConsistencyDistillation(Method):
         sigma_data: float = knob(0.5, "deviation of the data in the edm scalings", low=1e-3)
         lr: float = knob(3e-4, "learning rate", low=0)
         optimizer: str = knob("adamw", "which optimiser (Song: radam)", choices=("adamw", "adam", "radam"))
-        betas: tuple[float, ...] = knob((0.9, 0.999), "of the optimiser", low=0, high=1)
+        betas: tuple[float, ...] = knob((0.9, 0.999), "of the optimiser", low=0, high=0.99999)
         weight_decay: float = knob(0.0, "of the optimiser", low=0)
         clip: float | None = knob(1.0, "largest norm of the gradient", low=1e-9)
         warmup: float = knob(0.0, "share of the training over which the rate rises from 0", low=0, high=1)

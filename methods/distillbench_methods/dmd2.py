@@ -55,8 +55,8 @@ class DMD2(Method):
         claims=(
             Claim(
                 "five guidance updates per generator update beat one (no GAN)",
-                "dmd2(gan=false)",
-                "dmd2(gan=false,fake_per_gen=1)",
+                "dmd2(fake_per_gen=5,gan=false)",
+                "dmd2(fake_per_gen=1,gan=false)",
                 "sliced-w2",
             ),
             Claim("the GAN term on real data corrects the teacher's errors", "dmd2", "dmd2(gan=false)", "sliced-w2"),
@@ -86,7 +86,9 @@ class DMD2(Method):
         guidance: float | None = knob(None, "guidance scale of the teacher; None: the track's")
         sim: str = knob("backward", "inputs of later steps: the student's own states, or noised real data", choices=("backward", "forward"))
         grid: tuple[float, ...] = knob((), "times of the steps, falling from 1; empty: evenly spaced", low=T_MIN, high=1)
-        shift: float = knob(1.0, "moves evenly spaced times towards noise (flow image teachers: 3)", low=0.1, high=20)
+        shift: float = knob(
+            1.0, "above 1 moves evenly spaced times towards noise (flow image teachers: 3), below 1 towards data", low=0.1, high=20
+        )
         lr: float = knob(1e-4, "of the generator", low=0)
         fake_lr: float = knob(1e-4, "of the fake score and the head", low=0)
         decay: str = knob("constant", "of both rates, to 0 at the end", choices=("constant", "linear", "cosine"))

@@ -13,9 +13,11 @@ from distillbench.api import is_external
 from distillbench.data.digits import load_digits
 from distillbench.errors import BadFileError, UsageError
 from distillbench.metrics.digits import evaluation_labels, nearest_training
-from distillbench.teachers.digits import reference_features, sample, shifted, training_batch
+from distillbench.networks import Transformer
+from distillbench.randomness import generator_for
+from distillbench.teachers.cards import read_card
+from distillbench.teachers.digits import CONFIG, _fit, held_out_loss, reference_features, sample, shifted, training_batch
 from distillbench.teachers.digits_classifier import DigitsClassifier, accuracy, features_of, load_classifier
-from distillbench.teachers.files import read_card
 from distillbench.teachers.zoo import zoo_folder
 from distillbench.tracks.digits import Digits
 
@@ -121,12 +123,18 @@ def test_images_copied_from_training_are_seen(track: Digits) -> None:
 
 def test_each_fault_moves_its_score(track: Digits, floor: dict[str, float], held_out_twice: Tensor) -> None:
     blurred = scores_of(track, F.avg_pool2d(held_out_twice, 5, stride=1, padding=2, count_include_pad=False))
-    assert blurred["fd"] > 3 * floor["fd"]
-    assert blurred["precision"] < 0.7
+    assert blurred["fd"] > 30 * floor["fd"]
+    assert blurred["recall"] < 0.2
+    assert blurred["diversity"] < 0.8
+    thick = scores_of(track, F.max_pool2d(held_out_twice, 3, stride=1, padding=1))
+    assert thick["fd"] > 30 * floor["fd"]
+    assert thick["precision"] < 0.6
+    assert thick["density"] < 0.5
+    assert thick["nearest"] > 1.2
     one_each = held_out_twice[:10].repeat(200, 1, 1, 1)
     one_each = (one_each + 0.02 * torch.randn(one_each.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
     dropped = scores_of(track, one_each)
-    assert dropped["fd"] > 3 * floor["fd"]
+    assert dropped["fd"] > 30 * floor["fd"]
     assert dropped["recall"] < 0.2
     assert dropped["coverage"] < 0.2
     assert dropped["diversity"] < 0.3
@@ -162,3 +170,13 @@ def test_shifting_moves_whole_pixels() -> None:
 def test_an_untrained_classifier_has_other_features() -> None:
     images = load_digits("held-out").images[:10]
     assert not torch.allclose(features_of(images, DigitsClassifier()), features_of(images))
+
+
+def test_training_is_repeatable_and_learns() -> None:
+    lines: list[str] = []
+    first, again = (_fit(load_digits("train"), lines.append, 6, 0) for _ in range(2))
+    for a, b in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    fresh = Transformer(CONFIG, generator_for(0, "teacher/weights", 0))
+    assert held_out_loss(first) < held_out_loss(fresh)
+    assert held_out_loss(Digits().teacher().network) < 0.2

@@ -233,6 +233,7 @@ def test_card_must_say_how_to_read_the_network(copied, change):
 
 def test_training_is_deterministic_and_complete(tmp_path, monkeypatch):
     monkeypatch.setattr(teachers, "SCORED_PER_CLASS", 64)
+    monkeypatch.setattr(teachers, "ERROR_SAMPLES", 1024)
     cards = [teachers.train(tmp_path / name, lambda _: None, steps=3, seed=1) for name in ("a", "b")]
     assert cards[0]["sha256"] == cards[1]["sha256"] != zoo_card("mixture2d")["sha256"]
     assert cards[0].keys() == zoo_card("mixture2d").keys()
