@@ -9,15 +9,16 @@ def table() -> str:
     """The table of methods in Markdown."""
     lines = [
         "# Methods", "",
-        "Written by `make methods-table` from the `info` of each method; do not edit. Claims are the papers'; what of them holds here, the boards say.", "",
+        "Written by `make methods-table` from the `info` of each method; do not edit.",
+        "Claims are the papers'; what of them holds here, the boards say.", "",
         "| id | paper | year | family | needs | data | steps | trains |", "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     infos = [found.info for found in discover().values()]
     for info in infos:
         steps = ", ".join(map(str, info.steps))
         lines.append(
-            f"| `{info.id}` | {info.title} ({info.paper}) | {info.year} | {info.family} | {', '.join(info.needs) or '-'} | {info.data_access} "
-            f"| {steps} | {info.trains} |"
+            f"| `{info.id}` | {info.title} ({info.paper}) | {info.year} | {info.family} | {', '.join(info.needs) or '-'} "
+            f"| {info.data_access} | {steps} | {info.trains} |"
         )
     for info in infos:
         lines += ["", f"## {info.id}", "", "Deviations from the paper, and what it does not settle:", ""]

@@ -1,6 +1,6 @@
-"""Put a store's records into `leaderboards/<track>/`: read-only records, previews, rendered tables and the picture; and into the README.
+"""`python -m distillbench.publish mixture2d --store DIR`: a store's records into `leaderboards/<track>/` and the README.
 
-    python -m distillbench.publish mixture2d --store .distillbench
+Published are the ok runs under named budgets with the track's recipe: read-only records, previews, rendered tables and the picture.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def brief(board: Board) -> str:
     for row in rows:
         cells = [score_text(row, name, places[name], interval=row.kind == "run") or "-" for name in names]
         latency = row.latency.get(batch)
-        tail = ["-"] * 4 if row.is_truth else [trained_for_text(row, facts), spent_text(row, "seconds"), latency_text(latency), ratio_text(latency)]
+        spent = [trained_for_text(row, facts), spent_text(row, "seconds")]
+        tail = ["-"] * 4 if row.is_truth else [*spent, latency_text(latency), ratio_text(latency)]
         evaluations = "-" if row.is_truth else str(row.evaluations)
         lines.append("| " + " | ".join([f"**{row.label}**" if row.kind == "run" else row.label, evaluations, *cells, *tail]) + " |")
     lines += ["", verdict(board, board.under(budget)), "", f"![samples](leaderboards/{facts.name}/samples.png)"]

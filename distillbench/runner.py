@@ -203,7 +203,8 @@ def sample_teacher(track: Track, steps: int, *, device: str = "cpu", conditions:
     for start in range(0, len(conditions), CHUNK):
         part = slice(start, min(start + CHUNK, len(conditions)))
         x = sample_noise(list(seeds[part]), track.shape).to(device) * float(teacher.path.sigma(times[0]))
-        parts.append(SOLVERS[track.facts.solver](teacher, x, conditions[part].to(device), times, guidance_scale=track.guidance).float().cpu())
+        x = SOLVERS[track.facts.solver](teacher, x, conditions[part].to(device), times, guidance_scale=track.guidance)
+        parts.append(x.float().cpu())
     return Samples(torch.cat(parts), steps * teacher.evaluations(track.guidance))
 
 

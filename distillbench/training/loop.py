@@ -41,7 +41,8 @@ class Loop:
 
     def __init__(self, method: Method, context: Context, source: Source, budget: Budget, *, unit: int, batch_size: int, run: str = "run",
                  folder: Path | None = None, precision: str = "float32", meter: Meter | None = None, checkpoint_seconds: float = 20.0,
-                 turn_limit: float = 600.0, report: Callable[[Progress], None] | None = None, warn: Callable[[str], None] = print):  # fmt: skip
+                 turn_limit: float = 600.0, report: Callable[[Progress], None] | None = None,
+                 warn: Callable[[str], None] = print):  # fmt: skip
         self.method, self.context, self.source, self.budget, self.unit = method, context, source, budget, unit
         self.batch_size, self.run_name, self.folder, self.precision = batch_size, run, folder, precision
         self.meter = meter or Meter()

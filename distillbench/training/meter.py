@@ -126,7 +126,7 @@ class Meter:
             yield counting
 
     def price(self, turn: tuple[int, str], count: int, replay: Callable[[], Any]) -> Macs:
-        """The cost of the turn (stage number and name) that has just been recorded; `replay` computes its losses and gradients once more."""
+        """The cost of the turn (stage number, name) just recorded; `replay` computes its losses and gradients once more."""
         key = (turn, *self.tracer.entries)
         known = self.prices.get(key)
         due = self.audit_every and count and count % self.audit_every == 0

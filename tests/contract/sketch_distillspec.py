@@ -120,7 +120,7 @@ class DistillSpec(Method):
             turn = Turn("target text", partial(self.write, TARGET, self.teacher))
             stages.append(Stage("target text", c.writing, [turn], done=lambda: int(self.written[TARGET]) >= c.kept))
         own = [Turn("draft text", partial(self.write, DRAFT, self.draft))] if c.data in ("draft", "mixed") else []
-        rate = OptimizerConfig(c.lr, betas=(0.9, 0.98), clip=1.0, warmup=0.05, decay="cosine")
+        rate = OptimizerConfig(c.lr, betas=(0.9, 0.98), clip=1.0, warmup=0.05, decay="cosine", floor=0.1)
         distil = Turn("distil", self.distil, {"draft": self.draft}, repeat=c.refresh if own else 1, optimizer={"draft": rate})
         stages.append(Stage("distil", 1.0 - sum(s.share for s in stages), [*own, distil]))
         return stages

@@ -75,11 +75,10 @@ class MSD(Method):
 
     @dataclass(frozen=True)
     class Config:
-        """width: of the students; None is the teacher's, another one is first trained as a denoiser.  batch_size: of each student."""
+        """width: of the students; None is the teacher's, another one is first trained as a denoiser."""
 
         students: int = 4
         width: int | None = None
-        batch_size: int | None = None
         pretraining: float = 0.3
         adversarial: float = 0.2
         fakes: int = 5
@@ -106,6 +105,7 @@ class MSD(Method):
         self.tap, generator = middle_tap(teacher), context.generator("heads")
         self.heads = nn.ModuleList(make_head(teacher.network.tap_shape(self.tap), generator) for _ in range(c.students))
         self.shape, self.guidance = context.shape, context.guidance
+        self.part_size = max(1, context.batch_size // c.students)  # B/K each, so that K students see what one would
 
     def stages(self) -> list[Stage]:
         c = self.config
@@ -121,9 +121,9 @@ class MSD(Method):
         for k in range(c.students):
             judges: dict[str, nn.Module] = {"fake": self.fakes[k]} | ({"head": self.heads[k]} if critic else {})
             fake, student = partial(self.judge, k, critic), partial(self.match, k, critic)
-            turns.append(Turn(f"fake {k}", fake, judges, repeat=c.fakes, optimizer=dict.fromkeys(judges, rate), batch_size=c.batch_size))
+            turns.append(Turn(f"fake {k}", fake, judges, repeat=c.fakes, optimizer=dict.fromkeys(judges, rate), batch_size=self.part_size))
             moved: dict[str, nn.Module] = {"student": self.students[k]}
-            turns.append(Turn(f"student {k}", student, moved, optimizer={"student": rate}, batch_size=c.batch_size))
+            turns.append(Turn(f"student {k}", student, moved, optimizer={"student": rate}, batch_size=self.part_size))
         return Stage(name, share, turns, ema={f"averages.{k}": Ema(f"students.{k}", c.half_life) for k in range(c.students)})
 
     def share(self) -> None:

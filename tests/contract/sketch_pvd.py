@@ -115,23 +115,23 @@ class PVD(Method):
         self.student.heads.load_state_dict(self.teacher.heads.state_dict())
 
     def stages(self) -> list[Stage]:
-        c, before, stages = self.config, 0.0, []
+        c, stages = self.config, []
+        rate = partial(OptimizerConfig, betas=(0.9, 0.99), eps=1e-15, decay="cosine", floor=7e-3, over="training")
         for depth, share in zip(("features", "points", "pixels"), c.shares, strict=True):
-            moved, rates = {"volume": self.student.volume}, {"volume": OptimizerConfig(c.lr, betas=(0.9, 0.99), eps=1e-15)}
+            moved, rates = {"volume": self.student.volume}, {"volume": rate(c.lr)}
             if depth != "features" and c.train_heads:
-                moved["heads"], rates["heads"] = self.student.heads, OptimizerConfig(c.heads_lr, betas=(0.9, 0.99), eps=1e-15)
-            stages.append(Stage(depth, share, [Turn("student", partial(self.loss, depth, before, share), moved, optimizer=rates)]))
-            before += share
+                moved["heads"], rates["heads"] = self.student.heads, rate(c.heads_lr)
+            stages.append(Stage(depth, share, [Turn("student", partial(self.loss, depth), moved, optimizer=rates)]))
         return stages
 
-    def loss(self, depth: str, before: float, share: float, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, depth: str, batch: Batch) -> dict[str, Tensor]:
         """Frobenius norms of the differences in features, then also log-densities and colours, then also pixels (Eqs. of section 3)."""
         c, rays = self.config, batch.conditions()
         jitter, background = batch.rand(batch.size, c.samples, dtype=torch.float32), batch.rand(batch.size, 3, dtype=torch.float32)
         made = render(self.student, rays, jitter, background, c, depth)
         with torch.no_grad():
             target = render(self.teacher, rays, jitter, background, c, depth)
-        fading = c.w_features * math.exp(-c.decay * (before + share * batch.progress))
+        fading = c.w_features * math.exp(-c.decay * batch.overall)
         weights = {"features": fading}
         if depth != "features":
             weights |= {"log density": c.w_points, "colour": c.w_points}
