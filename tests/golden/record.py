@@ -31,7 +31,8 @@ def trajectory(method: str) -> dict:
     weights = [p.detach().double() for p in short.method.distilled().denoiser.parameters()]
     losses = [{k: v for k, v in point.items() if k != "passes"} for point in short.loop.position.losses]
     return {
-        "method": method, "version": found.info.version, "macs": short.loop.spent.macs, "updates": short.loop.spent.updates, "losses": losses,
+        "method": method, "version": found.info.version, "macs": short.loop.spent.macs, "updates": short.loop.spent.updates,
+        "losses": losses,
         "weights": {"mean": float(sum(w.sum() for w in weights)), "square": float(sum(w.square().sum() for w in weights))},
     }  # fmt: skip
 

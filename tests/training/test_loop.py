@@ -292,8 +292,8 @@ def test_mistakes_in_stages_are_named():
         def stages(self):
             return [Stage("idle", 1.0, [Turn("idle", lambda batch: None)])]
 
-    for kind, message in ((Shares, "sum to 1"), (NoOptimizer, "one optimizer for each"), (Hidden, "ModuleList"), (NoLoss, "returned no loss"),
-                          (Idle, "ran no network")):  # fmt: skip
+    told = {Shares: "sum to 1", NoOptimizer: "one optimizer for each", Hidden: "ModuleList", NoLoss: "returned no loss", Idle: "no network"}
+    for kind, message in told.items():
         with pytest.raises(ContractError, match=message):
             toy_loop(kind).train()
 
