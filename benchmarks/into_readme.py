@@ -11,6 +11,9 @@ ROOT = Path(__file__).parent.parent
 if __name__ == "__main__":
     page = ROOT / "README.md"
     results = (ROOT / "benchmarks/results.txt").read_text().strip()
-    about = "A training step under the loop over the same step in a bare loop with the same fused optimiser, clipping and averages, and the statistics"
-    block = f"{about} against\nthree packages on the same features (`make speed`):\n\n```\n{results}\n```"
+    about = (
+        "A training step under the loop over the same step in a bare loop with the same fused optimiser, clipping and averages,\n"
+        "and the statistics against three packages on the same features (`make speed`):"
+    )
+    block = f"{about}\n\n```\n{results}\n```"
     page.write_text(with_block(page.read_text(), "speed", block))

@@ -6,7 +6,7 @@ import dataclasses
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .api import Conditions, Context, Method, Source, Student
+from .api import Conditions, Method, Source, Student
 from .budget import Budget
 from .config import load_recipe, make_config
 from .discovery import Found, find
@@ -28,10 +28,7 @@ from .tracks import get_track
 from .tracks.base import Track
 from .tracks.facts import FACTS
 from .training import state
-from .training.loop import Loop, Spent
-from .training.meter import Meter, pass_cost
-
-CYCLES = 12  # of the short trainings
+from .training.short import CYCLES, Short, short_run
 
 
 @dataclass(frozen=True)
@@ -42,47 +39,6 @@ class Result:
     passed: bool
     detail: str = ""
     skipped: bool = False
-
-
-class Halt(Exception):
-    """Ends a training from outside, between two cycles."""
-
-
-@dataclass
-class Short:
-    """A short training of one method on one track."""
-
-    method: Method
-    context: Context
-    loop: Loop
-    spent: Spent | None = None
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().clone() for name, tensor in state.tensors_of(self.method).items()}
-
-
-def short_run(method_class: type[Method], config: Any, track: Track, steps: tuple[int, ...], *, folder: Path | None = None,
-              budget: Budget | None = None, source: Source | None = None, stop_after: int | None = None, exact: bool = False,
-              seed: int = 0) -> Short:  # fmt: skip
-    """Build and train for a few cycles, with a checkpoint after each; `stop_after` cycles it is halted."""
-    teacher = track.teacher()
-    context = Context(teacher, track.shape, steps, seed, "cpu", track.batch_size, track.guidance, track.catalog(), folder)
-    method = state.built(method_class(config), context)
-
-    def report(progress: Any) -> None:
-        if stop_after is not None and progress.spent.cycles >= stop_after:
-            raise Halt
-
-    loop = Loop(
-        method, context, source or track.source(), budget or Budget("check", CYCLES, "steps"), folder=folder, run="check",
-        unit=pass_cost(teacher, track.shape, track.catalog()), batch_size=track.batch_size, checkpoint_seconds=0.0,
-        report=report, meter=Meter(exact=exact),
-    )  # fmt: skip
-    short = Short(method, context, loop)
-    with suppress(Halt):
-        short.spent = loop.train()
-    return short
 
 
 class Kit:

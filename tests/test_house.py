@@ -22,7 +22,8 @@ LAYERS = (
     {"tracks", "training"},
     {"store", "jobs", "published"},
     {"statistics", "leaderboard"},
-    {"runner", "latency", "pool", "bench", "execution", "display", "pictures", "listing", "publish", "doctor", "conformance", "methods_table"},
+    {"runner", "latency", "pool", "bench", "execution", "display", "pictures", "listing", "publish", "doctor", "conformance",
+     "methods_table"},
     {"cli"},
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

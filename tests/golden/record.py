@@ -12,9 +12,9 @@ import torch
 
 from distillbench.budget import Budget
 from distillbench.config import make_config
-from distillbench.conformance import short_run
 from distillbench.discovery import discover, find
 from distillbench.tracks import get_track
+from distillbench.training.short import short_run
 
 HERE = Path(__file__).parent
 CYCLES = 24

@@ -10,11 +10,15 @@ import sys
 import textwrap
 
 import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from distillbench.budget import Budget
-from distillbench.conformance import Kit, check_method, short_run
+from distillbench.conformance import Kit, check_method
 from distillbench.discovery import discover, find
 from distillbench.tracks import get_track
+from distillbench.training.costs import Counting
+from distillbench.training.short import short_run
 
 METHODS = list(discover())
 STEPS = 60  # cycles of the training that is killed
@@ -47,6 +51,19 @@ def test_the_meter_charges_what_was_spent(name):
         assert spent[0] == spent[1] > 0
 
 
+@pytest.mark.parametrize("track", ["mixture2d", "digits"])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_count_agrees_with_pytorchs_where_that_sees_the_work(name, track):
+    """Matrix products of a whole short training, attention unfused; the counter of PyTorch takes two operations per multiply-add."""
+    found = find(name)
+    held = Kit(found, found.load(), get_track(track))
+    budget = Budget("test", 5 if track == "mixture2d" else 1, "steps")
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as theirs, Counting() as ours:
+        short_run(held.method_class, held.config, held.track, held.trained_for, budget=budget)
+    assert ours.macs.matmul == pytest.approx(theirs.get_total_flops() / 2, rel=0.01)
+    assert ours.macs.elementwise > 0
+
+
 # Forks before it has run any network: each child trains on in `folder` and may be killed by itself, in a thread, after a delay.
 TRAINING = textwrap.dedent("""
     import json, os, signal, sys, threading, time
@@ -56,7 +73,7 @@ TRAINING = textwrap.dedent("""
 
     torch.set_num_threads(1)
     from distillbench.budget import Budget
-    from distillbench.conformance import short_run
+    from distillbench.training.short import short_run
     from distillbench.runner import sample_student
     from test_every_method import STEPS, kit
 
