@@ -54,6 +54,20 @@ class Found:
     def source_sha256(self) -> str:
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
+    def sources(self) -> dict[str, str]:
+        """File name -> sha256 of the method's file and, for an installed method, of the files beside it that it may extend."""
+        files = sorted(self.path.parent.glob("*.py")) if self.module else [self.path]
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.stem != "__init__"}
+
+
+@lru_cache
+def harness_sha256() -> str:
+    """One sha256 over all sources of the harness."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.relative_to(Path(__file__).parent).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
 
 def discover() -> dict[str, Found]:
     """Every installed method by id."""

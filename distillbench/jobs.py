@@ -9,7 +9,7 @@ from typing import Any
 
 from .budget import parse_budget
 from .config import changed, load_recipe, make_config
-from .discovery import Found, find
+from .discovery import Found, find, harness_sha256
 from .errors import UsageError
 from .records import RunRecord, environment, now, run_id
 from .tracks.facts import TrackFacts, facts_of
@@ -76,7 +76,7 @@ def resolve(job: Job) -> Resolved:
         config=dataclasses.asdict(config), budget={"name": budget.name, "unit": budget.unit, "amount": budget.amount},
         overrides=overrides, source=None if found.module else found.source_sha256, trained_for=job.steps,
         data_access=found.info.data_access, family=found.info.family, tuning={"trials": recipe.trials, "passes": recipe.passes},
-        provenance={found.path.name: found.source_sha256},
+        provenance={"distillbench": harness_sha256(), **found.sources()},
     )  # fmt: skip
     return Resolved(job, facts, record, found, method_class, config)
 
