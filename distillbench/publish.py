@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from .leaderboard import Board, render, verdict
-from .leaderboard.texts import latency_text, places_by_column, ratio_text, score_text, spent_text, trained_for_text
+from .leaderboard.texts import count_text, latency_text, places_by_column, ratio_text, score_text, spent_text, trained_for_text
 from .listing import board_of
 from .pictures import draw, panels
 from .store import Store
@@ -69,7 +69,7 @@ def brief(board: Board) -> str:
     arrows = ["↑" if board.higher_is_better(name) else "↓" for name in names]
     batch = facts.latency_batch
     lines = [
-        f"**`{facts.id}`**, budget S ({facts.budgets['S']:.3g} teacher passes), {seeds} training seeds, 95 % intervals over seeds:", "",
+        f"**`{facts.id}`**, budget S ({count_text(facts.budgets['S'])} teacher passes), {seeds} training seeds, 95 % intervals over seeds:", "",
         "| method | evaluations | " + " | ".join(f"{name} {arrow}" for name, arrow in zip(names, arrows, strict=True))
         + f" | trained for | seconds | latency, batch {batch} | ratio to teacher at 50 |",
         "|---|---|" + "---|" * (len(names) + 4),
@@ -81,7 +81,14 @@ def brief(board: Board) -> str:
         tail = ["-"] * 4 if row.is_truth else [*spent, latency_text(latency), ratio_text(latency)]
         evaluations = "-" if row.is_truth else str(row.evaluations)
         lines.append("| " + " | ".join([f"**{row.label}**" if row.kind == "run" else row.label, evaluations, *cells, *tail]) + " |")
-    lines += ["", verdict(board, board.under(budget)), "", f"![samples](leaderboards/{facts.name}/samples.png)"]
+    lines += [
+        "",
+        verdict(board, board.under(budget)),
+        "",
+        "k x S: a student was trained for each step count; ~: latency too noisy to quote.",
+        "",
+        f"![samples](leaderboards/{facts.name}/samples.png)",
+    ]
     return "\n".join(lines)
 
 
