@@ -34,6 +34,7 @@ def findings() -> Iterator[Finding]:
     if _version("torchvision") is not None:
         yield _torchvision()
     yield from _zoo()
+    yield _data()
     yield _store()
     yield from _methods()
 
@@ -80,6 +81,15 @@ def _zoo() -> Iterator[Finding]:
             continue
         detail = "checksum holds" if good else f"checksum differs from its card; reinstall, or distillbench zoo train {name}"
         yield ("ok" if good else "broken"), f"zoo {name}", detail
+
+
+def _data() -> Finding:
+    from .data.digits import load_digits
+
+    try:
+        return "ok", "data digits", f"checksum holds, {len(load_digits('train'))} images to train on"
+    except BadFileError as error:
+        return "broken", "data digits", str(error)
 
 
 def _store() -> Finding:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from .discovery import discover
 from .leaderboard import Board, render
+from .leaderboard.texts import count_text
 from .published import published_store
 from .records import RunRecord
 from .store import Store
@@ -107,7 +108,7 @@ def _text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "-"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {amount:.2g}" for key, amount in value.items())
+        return ", ".join(f"{key} {count_text(amount)}" for key, amount in value.items())
     return str(value)
 
 

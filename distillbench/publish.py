@@ -69,7 +69,8 @@ def brief(board: Board) -> str:
     arrows = ["↑" if board.higher_is_better(name) else "↓" for name in names]
     batch = facts.latency_batch
     lines = [
-        f"**`{facts.id}`**, budget S ({count_text(facts.budgets['S'])} teacher passes), {seeds} training seeds, 95 % intervals over seeds:", "",
+        f"**`{facts.id}`**, budget S ({count_text(facts.budgets['S'])} teacher passes), {seeds} training seeds, "
+        "95 % intervals over seeds:", "",
         "| method | evaluations | " + " | ".join(f"{name} {arrow}" for name, arrow in zip(names, arrows, strict=True))
         + f" | trained for | seconds | latency, batch {batch} | ratio to teacher at 50 |",
         "|---|---|" + "---|" * (len(names) + 4),
