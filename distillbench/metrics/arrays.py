@@ -17,10 +17,10 @@ def as_float64(values: Any, name: str = "values") -> Array:
     if hasattr(values, "detach"):
         values = values.detach().to("cpu").double().numpy()
     array = np.asarray(values, dtype=np.float64)
-    finite = np.isfinite(array)
-    if not finite.all():
-        bad = array.size - int(finite.sum())
-        raise NonFiniteError(f"{name} of shape {array.shape} have {bad} values that are NaN or infinite: nothing can be scored on them")
+    if not np.isfinite(array.sum()):  # one pass and no copy; a sum of finite values may overflow, so the values decide
+        bad = array.size - int(np.isfinite(array).sum())
+        if bad:
+            raise NonFiniteError(f"{name} of shape {array.shape} have {bad} values that are NaN or infinite: nothing can be scored on them")
     return array
 
 

@@ -27,15 +27,19 @@ def frechet_distance(generated: Any, reference: Any) -> float:
     Biased upwards by about c/n: compare only at equal numbers of samples, or use `frechet_infinity`.
     """
     first, second = as_pair(generated, reference, least=2)
-    mean_gap = first.mean(0) - second.mean(0)
-    factors = [(rows - rows.mean(0)) / np.sqrt(len(rows) - 1) for rows in (first, second)]
-    total = sum(float(np.vdot(factor, factor)) for factor in factors)
+    means = [rows.mean(0) for rows in (first, second)]
+    centred = [rows - mean for rows, mean in zip((first, second), means, strict=True)]
+    distance = float((means[0] - means[1]) @ (means[0] - means[1]))
     cross = None
     if min(len(first), len(second)) > first.shape[1]:
-        cross = cross_trace_cholesky(factors[0].T @ factors[0], factors[1].T @ factors[1])
+        covariances = [rows.T @ rows / (len(rows) - 1) for rows in centred]
+        total = sum(float(np.trace(covariance)) for covariance in covariances)
+        cross = cross_trace_cholesky(*covariances)
     if cross is None:
+        factors = [rows / np.sqrt(len(rows) - 1) for rows in centred]
+        total = sum(float(np.vdot(factor, factor)) for factor in factors)
         cross = cross_trace_factors(*factors)
-    return max(float(mean_gap @ mean_gap) + total - 2.0 * cross, 0.0)
+    return max(distance + total - 2.0 * cross, 0.0)
 
 
 def frechet_distance_from_moments(mean: Any, covariance: Any, other_mean: Any, other_covariance: Any) -> float:
