@@ -92,7 +92,7 @@ def cross_trace_cholesky(covariance: Array, other: Array) -> float | None:
     """tr((S1 S2)^(1/2)) by the Cholesky factor of S1; None where S1 is singular or rounding would show."""
     try:
         # LAPACK's symmetric problem "other @ covariance @ v = w v" forms L' other L at half the cost of two products.
-        eigenvalues = eigh(other, covariance, type=2, eigvals_only=True, driver="gv", check_finite=False)
+        eigenvalues = eigh(other, covariance, type=2, eigvals_only=True, check_finite=False)
     except np.linalg.LinAlgError:
         return None
     # An eigenvalue v is known to about e = eps * largest, its root therefore to e / (2 root(v)): large errors where v is tiny.
