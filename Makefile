@@ -27,7 +27,7 @@ $(VENV)/dev: $(VENV)/core
 	@touch $@
 
 quickstart: $(VENV)/core  ## install, train every method on the two embedded tracks, print both leaderboards
-	@echo "Training on two embedded tracks, offline, on $(JOBS) workers: about 2 minutes for mixture2d and 5 for digits on two cores."
+	@echo "Training on two embedded tracks, offline, on $(JOBS) workers: about one minute for mixture2d and three for digits on two cores."
 	@$(BIN)/distillbench bench mixture2d --methods all --budget S --seeds 1 --jobs $(JOBS) --store $(STORE)
 	@$(BIN)/distillbench bench digits --budget S --seeds 1 --jobs $(JOBS) --store $(STORE)
 	@echo
