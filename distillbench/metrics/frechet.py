@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 from scipy.linalg import eigh
+from scipy.linalg.blas import dsyrk
 
 from distillbench.errors import UsageError
 from distillbench.metrics.arrays import Array, as_float64, as_pair
 
 # Largest share of the total variance by which rounding may move the trace before the factor route is taken instead.
 _ROUNDING = 1e-9
+_BLOCK = 2048  # rows
 
 
 def frechet_distance(generated: Any, reference: Any) -> float:
@@ -28,18 +30,26 @@ def frechet_distance(generated: Any, reference: Any) -> float:
     """
     first, second = as_pair(generated, reference, least=2)
     means = [rows.mean(0) for rows in (first, second)]
-    centred = [rows - mean for rows, mean in zip((first, second), means, strict=True)]
     distance = float((means[0] - means[1]) @ (means[0] - means[1]))
     cross = None
     if min(len(first), len(second)) > first.shape[1]:
-        covariances = [rows.T @ rows / (len(rows) - 1) for rows in centred]
+        covariances = [_lower_covariance(rows, mean) for rows, mean in zip((first, second), means, strict=True)]
         total = sum(float(np.trace(covariance)) for covariance in covariances)
         cross = cross_trace_cholesky(*covariances)
     if cross is None:
-        factors = [rows / np.sqrt(len(rows) - 1) for rows in centred]
+        factors = [(rows - mean) / np.sqrt(len(rows) - 1) for rows, mean in zip((first, second), means, strict=True)]
         total = sum(float(np.vdot(factor, factor)) for factor in factors)
         cross = cross_trace_factors(*factors)
     return max(distance + total - 2.0 * cross, 0.0)
+
+
+def _lower_covariance(rows: Array, mean: Array) -> Array:
+    """The lower triangle of the covariance (d, d), summed over blocks of rows so that no centred copy of all of them is made."""
+    total = np.zeros((rows.shape[1], rows.shape[1]), order="F")
+    for start in range(0, len(rows), _BLOCK):
+        centred = rows[start : start + _BLOCK] - mean
+        total = dsyrk(1.0 / (len(rows) - 1), centred.T, beta=1.0, c=total, lower=1, overwrite_c=1)
+    return total
 
 
 def frechet_distance_from_moments(mean: Any, covariance: Any, other_mean: Any, other_covariance: Any) -> float:
@@ -89,10 +99,11 @@ def frechet_infinity(
 
 
 def cross_trace_cholesky(covariance: Array, other: Array) -> float | None:
-    """tr((S1 S2)^(1/2)) by the Cholesky factor of S1; None where S1 is singular or rounding would show."""
+    """tr((S1 S2)^(1/2)) by the Cholesky factor of S1, from lower triangles; None where S1 is singular or rounding would show."""
     try:
         # LAPACK's symmetric problem "other @ covariance @ v = w v" forms L' other L at half the cost of two products.
-        eigenvalues = eigh(other, covariance, type=2, eigvals_only=True, check_finite=False)
+        # "gv" is the fastest driver without vectors; scipy-stubs 1.17 knows it only for problems with vectors.
+        eigenvalues = eigh(other, covariance, type=2, eigvals_only=True, driver="gv", check_finite=False)  # type: ignore[call-overload]
     except np.linalg.LinAlgError:
         return None
     # An eigenvalue v is known to about e = eps * largest, its root therefore to e / (2 root(v)): large errors where v is tiny.
