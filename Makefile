@@ -56,7 +56,7 @@ publish: $(VENV)/core  ## put the records of $(STORE) into leaderboards/ with re
 	@$(BIN)/python -m distillbench.publish mixture2d --store $(STORE)
 	@$(BIN)/python -m distillbench.publish digits --store $(STORE)
 
-speed: $(VENV)/dev  ## how fast the harness and the metrics are, into benchmarks/results.txt and the README
+speed: $(VENV)/dev  ## how fast the harness and the metrics are, into the README (the packages compared with: pip install .[published])
 	@$(BIN)/python benchmarks/harness_speed.py | tee benchmarks/results.txt
 	@echo | tee -a benchmarks/results.txt
 	@OMP_NUM_THREADS=2 $(BIN)/python benchmarks/metrics_speed.py --threads 2 | tee -a benchmarks/results.txt
