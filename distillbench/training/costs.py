@@ -2,7 +2,7 @@
 
 PyTorch's own counter sees nothing in the fused CPU attention kernel, nor in elementwise work, which is most of an exact
 score. Here every operator that computes is charged, and a fused kernel is charged what the same mathematics costs unfused, so that
-a laptop and a GPU agree to the last digit:
+the price does not depend on which kernel a device picks:
 
 - matrix products and convolutions: one multiply-add per product term (a bias rides along free);
 - attention: two products forward and four backward, its softmax and scalings as elementwise work, whatever kernel runs;
