@@ -17,7 +17,8 @@ noisy end, the eps at the clean end, and the other follows from x = alpha x0 + s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from ..conditions import Conditions
 from ..errors import unknown
+from ..uncharged import uncharged
 from .base import Schedule, Time, as_time, broadcast
 from .schedules import from_config, match_time
 
@@ -43,10 +45,21 @@ Pair = tuple[Number, Number]
 @lru_cache(maxsize=64)
 def _range(schedule: Schedule, prediction: str) -> tuple[float, float]:
     """The earliest and the latest time at which x0 and eps can be read from the network."""
-    velocity = prediction == "velocity"
-    start = velocity and math.isinf(schedule.d_sigma(0.0))
-    end = prediction in ("eps", "score") or (velocity and math.isinf(schedule.d_alpha(1.0)))
-    return (schedule.time_of(READABLE).item() if start else 0.0, schedule.time_of(-READABLE).item() if end else 1.0)
+    with uncharged():
+        velocity = prediction == "velocity"
+        start = velocity and math.isinf(schedule.d_sigma(0.0))
+        end = prediction in ("eps", "score") or (velocity and math.isinf(schedule.d_alpha(1.0)))
+        return (schedule.time_of(READABLE).item() if start else 0.0, schedule.time_of(-READABLE).item() if end else 1.0)
+
+
+def _kept(compute: Callable[[Any], Any]) -> Any:
+    """A cached property. At a plain time its few numbers are free, so that what a turn costs does not depend on what was cached before."""
+
+    def get(self: Any) -> Any:
+        with uncharged() if self._plain else nullcontext():
+            return compute(self)
+
+    return cached_property(get)
 
 
 class Coefficients:
@@ -71,21 +84,21 @@ class Coefficients:
     def _given(self, *numbers: Number) -> Any:
         return tuple(as_time(number).item() for number in numbers) if self._plain else numbers
 
-    @cached_property
+    @_kept
     def time(self) -> Number:
         """On the network's schedule."""
         return self._given(self._time)[0]
 
-    @cached_property
+    @_kept
     def scale(self) -> Number:
         """From x on the path to the network's input."""
         return self._given(self._scale)[0]
 
-    @cached_property
+    @_kept
     def sigma(self) -> Number:
         return self._given(self._levels[1])[0]
 
-    @cached_property
+    @_kept
     def _solved(self) -> tuple[Pair, Pair]:
         """x0 and eps from the two equations at the network's time."""
         (a, s), k = self._network_levels, self._scale
@@ -101,7 +114,7 @@ class Coefficients:
         determinant = a * q - s * p
         return (k * q / determinant, -s / determinant), (-k * p / determinant, a / determinant)
 
-    @cached_property
+    @_kept
     def x0(self) -> Pair:
         x0, eps = self._solved
         if self._exact:
@@ -110,7 +123,7 @@ class Coefficients:
         noisy = alpha < sigma
         return self._given(torch.where(noisy, x0[0], (1 - sigma * eps[0]) / alpha), torch.where(noisy, x0[1], -sigma * eps[1] / alpha))
 
-    @cached_property
+    @_kept
     def eps(self) -> Pair:
         x0, eps = self._solved
         if self._exact:
@@ -119,7 +132,7 @@ class Coefficients:
         noisy = alpha < sigma
         return self._given(torch.where(noisy, (1 - alpha * x0[0]) / sigma, eps[0]), torch.where(noisy, -alpha * x0[1] / sigma, eps[1]))
 
-    @cached_property
+    @_kept
     def velocity(self) -> Pair:
         d_alpha, d_sigma = self._given(*self._path.slopes(self._t))
         return (d_alpha * self.x0[0] + d_sigma * self.eps[0], d_alpha * self.x0[1] + d_sigma * self.eps[1])
@@ -128,7 +141,8 @@ class Coefficients:
 @lru_cache(maxsize=4096)
 def _at(path: Schedule, schedule: Schedule, prediction: str, t: float) -> Coefficients:
     """Kept, because solvers and students come back to the same few times."""
-    return Coefficients(path, schedule, prediction, t)
+    with uncharged():
+        return Coefficients(path, schedule, prediction, t)
 
 
 class Prediction:

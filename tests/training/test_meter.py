@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distillbench.api import Conditions, Method, OptimizerConfig, Stage, Turn
 from distillbench.budget import Budget
+from distillbench.diffusion import denoiser
+from distillbench.diffusion.schedules import Trig, VPLinear, VPTable
 from distillbench.errors import MeterError
 from distillbench.networks.mlp import MLP, MLPConfig
 from distillbench.networks.transformer import Transformer, TransformerConfig
@@ -140,6 +142,22 @@ class Odd(Toy):
 
 def test_odd_places_are_priced_exactly():
     assert toy_loop(Odd).train().macs == toy_loop(Odd, exact=True).train().macs
+
+
+@pytest.mark.parametrize(
+    "path", [None, Trig(), VPLinear(), VPTable(tuple(0.999**i for i in range(1, 101)))], ids=["own", "trig", "vp", "table"]
+)
+def test_the_price_does_not_depend_on_what_was_cached_before(path):
+    teacher = toy_teacher() if path is None else toy_teacher().on(path)
+    x = torch.randn(3, 2)
+
+    def run():
+        prediction = teacher.predict(x, 0.37, labels(3))
+        return prediction.x0 + prediction.eps + prediction.velocity
+
+    denoiser._at.cache_clear()
+    denoiser._range.cache_clear()
+    assert count(run) == count(run)
 
 
 def test_every_network_costs_something(tmp_path):
