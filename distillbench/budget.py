@@ -22,10 +22,6 @@ class Budget:
     amount: float
     unit: str
 
-    def describe(self) -> str:
-        shown = f"{self.amount:.3g} {self.unit}"
-        return f"{self.name} ({shown})" if self.name in ("S", "M", "L") else shown
-
 
 def parse_budget(text: str, named: Mapping[str, float]) -> Budget:
     """A budget from its name on this track, or from a number with a unit."""

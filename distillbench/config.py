@@ -109,9 +109,3 @@ def _check(method: str, field: dataclasses.Field, value: Any) -> Any:
             span = f"from {low}" if high is None else f"up to {high}" if low is None else f"from {low} to {high}"
             raise UsageError(f"knob {field.name} of {method} is {item}; it goes {span}")
     return value
-
-
-def changed(config: Any) -> dict[str, Any]:
-    """The knobs of a config that differ from their defaults."""
-    default = type(config)()
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(default, f.name)}

@@ -99,7 +99,7 @@ class Kit:
     def no_global_randomness(self) -> str:
         before = _global_generators()
         student = self.short().method.distilled()
-        for steps in self._steps_of(student):
+        for steps in student.steps:
             self._generate(student, steps, 4)
         moved = _moved(before)
         _demand(not moved, f"the global generator of {moved} was used; draw from the batch, context.generator(name) or the seeds")
@@ -109,7 +109,7 @@ class Kit:
         student = self.trained.method.distilled()
         conditions, seeds = self._few(6)
         worst = 0.0
-        for steps in self._steps_of(student):
+        for steps in student.steps:
             together = student.generate(conditions, steps=steps, seeds=seeds).x
             for i in range(len(seeds)):
                 one = student.generate(conditions[i : i + 1], steps=steps, seeds=seeds[i : i + 1]).x
@@ -150,7 +150,7 @@ class Kit:
             foreign = [path.name for path in folder.rglob("*") if path.is_file() and path.suffix not in (".safetensors", ".json")]
             _demand(not foreign, f"the student wrote {foreign}; only safetensors and json are kept")
             loaded = self.method_class.student_type.load(folder)
-        for steps in self._steps_of(student):
+        for steps in student.steps:
             same = torch.equal(self._generate(student, steps, 4).x, self._generate(loaded, steps, 4).x)
             _demand(same, f"the loaded student gives other samples at {steps} steps")
         return ""
@@ -172,9 +172,6 @@ class Kit:
     def _generate(self, student: Student, steps: int, n: int) -> Any:
         conditions, seeds = self._few(n)
         return student.generate(conditions, steps=steps, seeds=seeds)
-
-    def _steps_of(self, student: Student) -> tuple[int, ...]:
-        return tuple(student.steps)
 
 
 class _NoData:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .budget import parse_budget
-from .config import changed, load_recipe, make_config
+from .config import load_recipe, make_config
 from .discovery import Found, find, harness_sha256
 from .errors import UsageError
 from .records import RunRecord, environment, now, run_id
@@ -154,6 +154,3 @@ def merged(records: Sequence[RunRecord]) -> RunRecord:
         checksums={f"{name}-{'-'.join(map(str, r.steps))}": value for r in records for name, value in r.checksums.items()},
         status=bad[0] if bad else "ok",
     )
-
-
-__all__ = ["TEACHER", "TRUTH", "Job", "Resolved", "changed", "label_of", "merged", "plan", "resolve", "split"]

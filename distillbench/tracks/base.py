@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..api import Source
 from ..conditions import Conditions
-from ..info import NEEDS, MethodInfo
+from ..info import MethodInfo
 from ..metrics.score import Score
 from .facts import TrackFacts
 
@@ -70,7 +70,3 @@ class Track(ABC):
         have = self.provides | self.teacher().network.capabilities
         lacking = [need for need in info.needs if need not in have]
         return "needs " + " and ".join(lacking) if lacking else None
-
-    def describe_needs(self) -> str:
-        """What this track offers, for error messages."""
-        return ", ".join(sorted(need for need in NEEDS if need in self.provides | self.teacher().network.capabilities))

@@ -18,6 +18,7 @@ from ..budget import Budget
 from ..errors import BadFileError, ContractError, NonFiniteError
 from ..randomness import generator_for
 from . import checkpoint, state
+from .costs import Counting
 from .meter import Meter, networks_of
 from .optimizers import Average, make_optimizer, pack, rate_factor, unpack
 from .position import Interrupted, Position, Progress, Spent, check_stages
@@ -150,12 +151,12 @@ class Loop:
         groups = self._groups[turn.name]
         self._only_move([p for group in groups.values() for p in group.parameters])
         if turn.is_work:
-            with self.meter.counted() as counting:
+            with Counting() as counting:
                 self._losses(turn, count, progress)
             self.spent.macs += counting.macs.total
             return
         if self.meter.exact:
-            with self.meter.counted() as counting:
+            with Counting() as counting:
                 terms = self._backward(turn, count, progress)
             self.spent.macs += counting.macs.total
         else:

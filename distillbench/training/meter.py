@@ -119,12 +119,6 @@ class Meter:
         self.prices: dict[tuple, Macs] = {}
         self.replays = 0
 
-    @contextmanager
-    def counted(self) -> Iterator[Counting]:
-        """Count what runs inside as it runs."""
-        with Counting() as counting:
-            yield counting
-
     def price(self, turn: tuple[int, str], count: int, replay: Callable[[], Any]) -> Macs:
         """The cost of the turn (stage number, name) just recorded; `replay` computes its losses and gradients once more."""
         key = (turn, *self.tracer.entries)
