@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from .conditions import Conditions
 from .errors import ContractError
-from .info import Claim, MethodInfo, knob
+from .info import Claim, MethodInfo, Search, knob
 from .randomness import generator_for
 from .uncharged import uncharged
 
 __all__ = [
     "Batch", "Claim", "Conditions", "Context", "ContractError", "Ema", "Method", "MethodInfo", "OptimizerConfig",
-    "Samples", "Source", "Stage", "Student", "Turn", "external", "is_external", "knob",
+    "Samples", "Search", "Source", "Stage", "Student", "Turn", "external", "is_external", "knob",
 ]  # fmt: skip
 
 Loss = Tensor | Mapping[str, Tensor] | None

@@ -46,6 +46,11 @@ def parse_settings(settings: typing.Iterable[str]) -> dict[str, str]:
     return parsed
 
 
+def as_text(value: Any) -> str:
+    """A knob's value as `--set` would give it."""
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
 def make_config(config_class: type, method: str, *layers: Mapping[str, Any]) -> Any:
     """The method's Config with the layers put over its defaults; text is read as the knob's type, and ranges are held."""
     if not dataclasses.is_dataclass(config_class):

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError, unknown
-from .info import Claim, MethodInfo
+from .info import Claim, MethodInfo, Search
 
 if TYPE_CHECKING:
     from .api import Method
 
 GROUP = "distillbench.methods"
+_CARDS: dict[str, Any] = {"MethodInfo": MethodInfo, "Claim": Claim, "Search": Search}  # what may stand in an info
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,14 @@ def find(target: Any) -> Found:
     return methods[text]
 
 
+def target_of(method: Any) -> str:
+    """The text by which a worker process finds the same method again: an id, or `path.py:Class`."""
+    if isinstance(method, str):
+        return method
+    found = find(method)
+    return found.info.id if found.module else f"{found.path}:{found.class_name}"
+
+
 def _file_of(target: type) -> str:
     try:
         path = inspect.getfile(target)
@@ -176,9 +185,9 @@ def _one_info(path: Path, class_name: str) -> MethodInfo:
 
 
 def _literal(node: ast.expr) -> Any:
-    """A literal in which MethodInfo(...) and Claim(...) may stand."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("MethodInfo", "Claim"):
-        kind: Any = MethodInfo if node.func.id == "MethodInfo" else Claim
+    """A literal in which MethodInfo(...), Claim(...) and Search(...) may stand."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _CARDS:
+        kind = _CARDS[node.func.id]
         if any(keyword.arg is None for keyword in node.keywords):
             raise ValueError("** is not read here; write its fields as literals")
         return kind(*[_literal(a) for a in node.args], **{str(k.arg): _literal(k.value) for k in node.keywords})

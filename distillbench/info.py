@@ -45,8 +45,31 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Search:
+    """A knob that `distillbench tune` searches, evenly from low to high (log: in its logarithm), or over choices."""
+
+    knob: str
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    choices: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        if bool(self.choices) == (self.low is not None and self.high is not None):
+            raise ValueError(f"Search({self.knob!r}) takes either low and high, or choices")
+        if self.low is not None and self.high is not None and not (0 if self.log else -1e300) < self.low < self.high:
+            raise ValueError(f"Search({self.knob!r}): low must be below high" + (" and above 0, as log says" if self.log else ""))
+
+
+MOST_SEARCHED = 3  # knobs a method
+
+
+@dataclass(frozen=True)
 class MethodInfo:
-    """The card of a method. `trains` is "one student" (one training serves every step count) or "a student per step count"."""
+    """The card of a method. `trains` is "one student" (one training serves every step count) or "a student per step count".
+
+    `tunes`: at most three knobs that the common tuning protocol searches on every track.
+    """
 
     id: str
     version: int
@@ -61,6 +84,7 @@ class MethodInfo:
     trains: str = "one student"
     deviations: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
+    tunes: tuple[Search, ...] = ()
 
     def __post_init__(self) -> None:
         for domain in self.domain:
@@ -73,6 +97,8 @@ class MethodInfo:
             raise ValueError(f"{self.id}: unknown data_access {self.data_access!r}; known: {', '.join(DATA_ACCESS)}")
         if self.trains not in ("one student", "a student per step count"):
             raise ValueError(f"{self.id}: trains is 'one student' or 'a student per step count', not {self.trains!r}")
+        if len(self.tunes) > MOST_SEARCHED:
+            raise ValueError(f"{self.id}: tunes names {len(self.tunes)} knobs; the protocol allows {MOST_SEARCHED}")
 
     @property
     def per_step(self) -> bool:

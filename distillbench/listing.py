@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from .discovery import discover
+from .closing import store_option
 from .leaderboard import Board, render
 from .leaderboard.texts import count_text
 from .published import published_store
 from .records import RunRecord
 from .store import Store
+from .submission import FOLDER, Submitted, submitted
 from .tracks.facts import FACTS, facts_of
+
+if TYPE_CHECKING:
+    from .claims import Decision
+    from .tuning import Study
 
 Rows = list[dict[str, Any]]
 
@@ -113,12 +119,21 @@ def _text(value: Any) -> str:
 
 
 def board_of(track: str, store: Store, *, published: bool = False) -> Board:
-    """The board of a store's records, with the published ones beside them if asked for."""
+    """The board of a store's records, with the published ones and those that authors sent in beside them if asked for.
+
+    A submission that is not trusted is named in the store's `problems`. Latencies of a verified one are left out: no one has repeated them.
+    """
     facts = facts_of(track)
     stores = [store, published_store(track)] if published else [store]
     records = {record.id: record for held in reversed(stores) for record in held.records(facts.id)}
     latencies = [latency for held in reversed(stores) for latency in held.latencies(facts.id)]
-    return Board.from_records(records.values(), latencies, facts)
+    sent = submitted(stores[-1].folder / FOLDER, facts, list(records.values())) if published else Submitted()
+    store.problems += sent.problems
+    verified = {record.id: record for found in sent.verified for record in found.records}
+    return Board.from_records(
+        (verified | records).values(), latencies, facts, reported=[record for found in sent.reported for record in found.records],
+        reported_latencies=[latency for found in sent.reported for latency in found.latencies],
+    )  # fmt: skip
 
 
 def print_board(track: str, store: Store) -> None:
@@ -133,7 +148,8 @@ def print_board(track: str, store: Store) -> None:
         path = store.folder / f"{facts.name}.png"
         draw(found, path, f"{facts.id}: what the samples look like")
         print(f"\nPicture: {path}")
-    print(f"Again at any time: distillbench board {facts.name}. With the published rows: distillbench board {facts.name} --published.")
+    again = f"distillbench board {facts.name}{store_option(store)}"
+    print(f"Again at any time: {again}. With the published rows: {again} --published.")
 
 
 def print_record(record: RunRecord) -> None:
@@ -160,3 +176,40 @@ def print_record(record: RunRecord) -> None:
         out.print(table)
     if record.config:
         out.print("knobs: " + ", ".join(f"{name}={value}" for name, value in record.config.items()), markup=False)
+
+
+def print_decisions(decisions: list[Decision]) -> None:
+    """The claims, a block each: they are sentences, and a table of them would not fit."""
+    out = console()
+    for decision in decisions:
+        claim = decision.claim
+        steps = f"{claim.steps} step{'s' if claim.steps > 1 else ''}"
+        out.print(f"[bold]{decision.verdict}[/]  {decision.method} {decision.number}: {escape(claim.text)}")
+        against = f"    {claim.better} over {claim.worse}, {claim.metric} on {decision.track} at {steps}"
+        if decision.effect is None:
+            out.print(escape(f"{against}: {decision.why}"))
+            continue
+        effect = decision.effect
+        margin = f", margin {claim.margin:g}" if claim.margin else ""
+        note = f" ({decision.why})" if decision.why else ""
+        out.print(escape(
+            f"{against}: by {effect.value:+.3g} [{effect.low:+.3g}, {effect.high:+.3g}]{margin}, n = {decision.n}, "
+            f"p = {decision.p:.2g}, {decision.p_adjusted:.2g} by Holm{note}"
+        ))  # fmt: skip
+    counts = {
+        verdict: sum(decision.verdict == verdict for decision in decisions) for verdict in dict.fromkeys(d.verdict for d in decisions)
+    }
+    out.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "no claims")
+
+
+def print_trials(study: Study) -> None:
+    """The trials of a tuning, the best one marked."""
+    knobs = list(dict.fromkeys(name for trial in study.trials for name in trial.values))
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("trial", *knobs, f"{study.facts.tuned_on}, validation", "passes", ""):
+        table.add_column(column, justify="right")
+    for number, trial in enumerate(study.trials, start=1):
+        values = [_text(trial.values.get(name, "default")) for name in knobs]
+        best = "best" if trial is study.best else escape(trial.note[:60])
+        table.add_row(str(number), *values, f"{trial.score:.4g}", count_text(trial.passes), best)
+    console().print(table)

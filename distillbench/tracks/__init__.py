@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     from .base import Track
 
 TRACKS: tuple[str, ...] = tuple(FACTS)
-_CLASSES = {"mixture2d": "Mixture2D", "digits": "Digits"}  # in the module of the track's name
+_CLASSES = {
+    "mixture2d": ("mixture2d", "Mixture2D"),
+    "digits": ("digits", "Digits"),
+    "mixture2d-validation": ("validation", "Mixture2DValidation"),
+    "digits-validation": ("validation", "DigitsValidation"),
+}
 
 
 def get_track(track: str) -> Track:
@@ -22,4 +27,5 @@ def get_track(track: str) -> Track:
 
 @cache
 def _made(name: str) -> Track:
-    return getattr(import_module(f".{name}", __package__), _CLASSES[name])()
+    module, class_name = _CLASSES[name]
+    return getattr(import_module(f".{module}", __package__), class_name)()

@@ -17,7 +17,7 @@ from ..data.digits import CLASSES, SHAPE, DigitsSource, digits_sha256, label_con
 from ..diffusion.denoiser import Denoiser
 from ..errors import UsageError
 from ..metrics.arrays import Array, as_float64
-from ..metrics.digits import deviations, evaluation_labels, evaluation_seeds, held_out, see, values
+from ..metrics.digits import PARTS, deviations, evaluation_labels, evaluation_seeds, held_out, see, values
 from ..metrics.score import Score, identity
 from ..randomness import generator_for
 from ..teachers.digits import reference_features, reference_sha256
@@ -30,6 +30,13 @@ EXTRACTOR = "digits-cnn64@28"
 # name -> how it is estimated, on what, which way is better, unit
 SCORES: dict[str, tuple[str, str, bool | None, str]] = {
     "fd": ("Fréchet distance to the reference", "features", False, "squared feature units"),
+    "fd-inf": (
+        f"Fréchet distance to the reference, intercept of the least-squares line in 1/n through the mean distances of {PARTS} equal parts "
+        "in order, classes balanced",
+        "features",
+        False,
+        "squared feature units",
+    ),
     "precision": ("share of samples in a reference ball, k = 3", "features", True, ""),
     "recall": ("share of references in a sample's ball, k = 3", "features", True, ""),
     "density": ("reference balls around a sample, k = 5, over k", "features", True, ""),

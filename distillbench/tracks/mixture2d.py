@@ -80,10 +80,10 @@ class Mixture2D(Track):
         return self.score(self.truth())
 
     def truth(self) -> Tensor:
-        return _truth("floor").float()
+        return truth_sample("floor").float()
 
 
-def _truth(purpose: str) -> Tensor:
+def truth_sample(purpose: str) -> Tensor:
     """A fixed sample (N, 2) of the mixture under the conditions of the evaluation, in float64; another purpose, another sample."""
     return _mixture().sample(N, generator_for(0, f"mixture2d/{purpose}", 0), _asked())[0]
 
@@ -120,12 +120,12 @@ def _metrics() -> dict[str, _Metric]:
     directions = f"{DIRECTIONS} directions, seed 0"
     return {
         "in-mode": _Metric(_by_class(in_mode_rate), "share within the 99 % ellipse of a mode of the class", True, mixture),
-        "sliced-w2": _Metric(_sliced(as_float64(_truth("reference"))), f"sliced W2, {directions}", False, sample),
+        "sliced-w2": _Metric(sliced_to(as_float64(truth_sample("reference"))), f"sliced W2, {directions}", False, sample),
         "mode-tv": _Metric(_by_class(mode_mass_tv), "total variation of mode masses by posterior, mean over classes", False, mixture),
         "within-w2": _Metric(_by_class(within_mode_w2), "sliced W2 to N(0, 1) of whitened modes, 32 directions, seed 0", False, mixture),
         "coverage": _Metric(_by_class(coverage), "share of modes with a quarter of their mass in their ellipse", True, mixture),
         "class-acc": _Metric(_class_accuracy, "agreement with the exact posterior under equal priors", True, mixture),
-        "fidelity-w2": _Metric(_sliced(_teacher_samples()), f"sliced W2, {directions}", False, teacher),
+        "fidelity-w2": _Metric(sliced_to(_teacher_samples()), f"sliced W2, {directions}", False, teacher),
     }
 
 
@@ -169,7 +169,7 @@ def _class_accuracy(samples: Array) -> float:
     return class_accuracy(samples.reshape(-1, 2), np.repeat(np.arange(CLASSES), samples.shape[1]), *_parameters())
 
 
-def _sliced(reference: Array) -> Callable[[Array], float]:
+def sliced_to(reference: Array) -> Callable[[Array], float]:
     """Against as many points of the reference (N, 2), equally many of each class."""
     by_class = reference.reshape(CLASSES, PER_CLASS, 2)
 

@@ -18,7 +18,7 @@ def identity(name: str, n: int = 8192) -> dict[str, Any]:
 
 def score(name: str, value: float | None, *, n: int = 8192, higher: bool | None = None, note: str = "") -> dict[str, Any]:
     low, high = (None, None) if value is None else (value - 0.01, value + 0.01)
-    higher = "w2" not in name and name not in ("mode-tv", "fd", "fidelity-fd") if higher is None else higher
+    higher = "w2" not in name and name not in ("mode-tv", "fd", "fd-inf", "fidelity-fd") if higher is None else higher
     return {
         "name": name, "identity": identity(name, n), "value": value, "low": low, "high": high, "n": n, "higher_is_better": higher,
         "unit": "", "note": note,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ from torch import Tensor
 from distillbench.api import is_external
 from distillbench.data.digits import load_digits
 from distillbench.errors import BadFileError, UsageError
-from distillbench.metrics.digits import evaluation_labels, nearest_training
+from distillbench.metrics.digits import PARTS, evaluation_labels, frechet_infinity_in_order, held_out, nearest_training
+from distillbench.metrics.frechet import frechet_distance
 from distillbench.networks import Transformer
 from distillbench.randomness import generator_for
 from distillbench.teachers.cards import read_card
@@ -110,6 +112,38 @@ def test_the_reference_itself_is_below_the_floor(track: Digits, floor: dict[str,
     assert found["nearest"] == pytest.approx(1)
     assert found["diversity"] == pytest.approx(1, abs=0.02)
     assert found["label-agreement"] > 0.96
+
+
+def test_fd_inf_is_the_line_through_parts_of_equal_class_counts(track: Digits) -> None:
+    found = {score.name: score for score in track.score(track.truth())}
+    features, reference = features_of(track.truth()).double().numpy(), held_out().features
+    means = []
+    for k in PARTS:
+        parts = np.split(features, k)
+        assert all(np.bincount(labels).tolist() == [200 // k] * 10 for labels in np.split(evaluation_labels().numpy(), k))
+        means.append(np.mean([frechet_distance(part, reference) for part in parts]))
+    assert means == sorted(means)
+    assert found["fd-inf"].value == pytest.approx(np.polyfit(np.array(PARTS) / len(features), means, 1)[1], rel=1e-9)
+    assert found["fd-inf"].value < found["fd"].value == pytest.approx(means[0], rel=1e-9)
+    assert found["fd-inf"].identity["metric"] == "fd-inf/digits-cnn64@28"
+    assert str(PARTS) in found["fd-inf"].identity["estimator"]
+
+
+def test_fd_inf_does_not_depend_on_the_number_of_samples_where_fd_does() -> None:
+    """Samples drawn by class from the training images, whose distance to the reference is known: that of all of them."""
+    train, reference, rng = load_digits("train"), held_out().features, np.random.default_rng(0)
+    features = features_of(train.images).double().numpy()
+    of_class = [np.flatnonzero(train.labels.numpy() == label) for label in range(10)]
+    assert {len(rows) for rows in of_class} == {400}
+    truth = frechet_distance(features, reference)
+    for per_class, fd_bias in ((100, 2.0), (200, 1.0)):
+        fd, at_infinity = [], []
+        for _ in range(40):
+            drawn = features[np.stack([rng.choice(rows, per_class) for rows in of_class], 1).ravel()]
+            fd.append(frechet_distance(drawn, reference))
+            at_infinity.append(frechet_infinity_in_order(drawn, reference))
+        assert np.mean(fd) - truth > fd_bias
+        assert abs(np.mean(at_infinity) - truth) < 3 * np.std(at_infinity, ddof=1) / np.sqrt(len(at_infinity))
 
 
 def test_images_copied_from_training_are_seen(track: Digits) -> None:
