@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STORE ?= .distillbench
 JOBS ?= 2
+METHODS ?= cd dmd2 progressive instaflow
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint golden methods-table board-m publish speed clean
+.PHONY: help quickstart report test lint golden methods-table tune board-m claims publish speed clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -47,10 +48,18 @@ golden: $(VENV)/dev  ## record the golden trajectories again (bump the method's 
 methods-table: $(VENV)/core  ## write methods/README.md from the methods' cards
 	@$(BIN)/python -m distillbench.methods_table > methods/README.md
 
-board-m: $(VENV)/core  ## the published studies again: mixture2d at S and M with 8 seeds, digits at S with 3
-	@$(BIN)/distillbench bench mixture2d --methods all --budget S --seeds 8 --jobs $(JOBS) --store $(STORE)
-	@$(BIN)/distillbench bench mixture2d --methods all --budget M --seeds 8 --jobs $(JOBS) --store $(STORE)
-	@$(BIN)/distillbench bench digits --budget S --seeds 3 --jobs $(JOBS) --store $(STORE)
+report: $(VENV)/core  ## the report of the published records: boards, curves, samples, claims, a page a run (no training)
+	@$(BIN)/distillbench report --published --store $(STORE) --out report
+
+tune: $(VENV)/core  ## tune every method on both tracks by the common protocol, into methods/distillbench_methods/recipes/
+	@for track in mixture2d digits; do for method in $(METHODS); do $(BIN)/distillbench tune $$method $$track --jobs $(JOBS) --store $(STORE) || exit 1; done; done
+
+board-m: $(VENV)/core  ## the published studies again: mixture2d with 8 seeds and digits with 5, at S and at M (hours)
+	@for budget in S M; do for study in "mixture2d 8" "digits 5"; do set -- $$study; \
+	  $(BIN)/distillbench bench $$1 --methods all --budget $$budget --seeds $$2 --jobs $(JOBS) --store $(STORE) || exit 1; done; done
+
+claims: $(VENV)/core  ## run what the methods' claims stand on, and say which hold (about an hour)
+	@$(BIN)/distillbench claims --jobs $(JOBS) --store $(STORE)
 
 publish: $(VENV)/core  ## put the records of $(STORE) into leaderboards/ with rendered tables
 	@$(BIN)/python -m distillbench.publish mixture2d --store $(STORE)

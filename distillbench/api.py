@@ -198,6 +198,10 @@ class Student(ABC):
     @abstractmethod
     def load(cls, folder: Path) -> Student: ...
 
+    def networks(self, steps: int) -> list[nn.Module]:
+        """The modules that a sample of `steps` steps passes through: all it holds, unless a class that holds one for each count says less."""
+        return [value for value in vars(self).values() if isinstance(value, nn.Module)]
+
 
 @dataclass
 class Context:

@@ -12,8 +12,10 @@ from .discovery import discover, find
 from .display import Display
 from .errors import UsageError
 from .jobs import TEACHER, Job, plan, resolve
+from .logs import check_log, log_known
 from .pool import run_jobs
 from .records import RunRecord
+from .remaining import Kind
 from .store import VARIABLE, Store
 from .tracks.facts import facts_of
 
@@ -57,6 +59,12 @@ def name_of(job: Job) -> str:
     return f"{info.id}{steps} {job.budget} seed {job.seed}"
 
 
+def kind_of(job: Job) -> Kind:
+    """What the display's estimates go by."""
+    track = facts_of(job.track)
+    return Kind(job.target, track.id, 0.0 if job.is_reference else parse_budget(job.budget, track.budgets).amount)
+
+
 def ensure_writable(store: Store) -> None:
     """Raises `UsageError` before anything is trained for a store that cannot keep it."""
     try:
@@ -69,17 +77,23 @@ def ensure_writable(store: Store) -> None:
         ) from None
 
 
-def run_plan(jobs: Sequence[Job], store: Store, workers: int, console: Console) -> list[RunRecord]:
-    """Run what is missing of a plan, with a live display; returns the records of what was run."""
+def run_plan(jobs: Sequence[Job], store: Store, workers: int, console: Console, log: str | None = None) -> list[RunRecord]:
+    """Run what is missing of a plan, with a live display; returns the records of what was run. log: one of `logs.LOGS`.
+
+    `closing.told` around it says where things are when it ends.
+    """
+    check_log(log)
     todo = still_missing(jobs, store)
+    if log is not None:
+        log_known(log, store, [record for job in jobs if job not in todo and (record := store.get(resolve(job).record.id)) is not None])
     if not todo:
         console.print(f"Nothing to run: all {len(jobs)} jobs of this plan are in {store.folder}.", markup=False, soft_wrap=True)
         return []
     ensure_writable(store)
     trainings = [job for job in todo if not job.is_reference]
     console.print(_arithmetic(trainings, len(jobs) - len(todo), workers), markup=False, soft_wrap=True)
-    with Display([name_of(job) for job in todo], workers) as display:
-        done = run_jobs(todo, store, workers, display.update)
+    with Display([name_of(job) for job in todo], workers, console, [kind_of(job) for job in todo]) as display:
+        done = run_jobs(todo, store, workers, display.update, log)
     return [done[number] for number in sorted(done)]
 
 
@@ -123,7 +137,7 @@ def measure_missing(track: str, store: Store, console: Console, jobs: Sequence[J
     if not students and (TEACHER, max(_steps(track))) in timed:
         return
     with Display([f"latency, {len(students)} students and the teacher"]) as display:
-        for latency in measure(get_track(track), students, say=lambda fraction: display.update(0, fraction, "interleaved rounds")):
+        for latency in measure(get_track(track), students, say=lambda done: display.update(0, done, "rounds" if done < 1 else "ok")):
             store.add(latency)
 
 

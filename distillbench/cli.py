@@ -11,9 +11,9 @@ from typing import Any
 import click
 
 from . import __version__
+from .cli_options import JOBS, LOG, STORE
+from .commands import evidence, new
 from .errors import DistillbenchError, UsageError, unknown
-
-STORE = click.option("--store", "store_dir", metavar="DIR", help="Folder of the records (default: $DISTILLBENCH_STORE or .distillbench).")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -44,18 +44,25 @@ def list_(what: str, as_json: bool) -> None:
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a knob of the method; may be given again.")
 @STORE
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on from a checkpoint of the same run, or start afresh.")
+@LOG
 def run(
-    method: str, track: str, budget: str, seed: int, steps: str, settings: tuple[str, ...], store_dir: str | None, resume: bool
-) -> None:
+    method: str, track: str, budget: str, seed: int, steps: str, settings: tuple[str, ...], store_dir: str | None, resume: bool,
+    log: str | None,
+) -> None:  # fmt: skip
     """Train METHOD (an id, path.py, path.py:Class) on TRACK within a budget, and score it."""
-    from . import run as run_one
+    from .closing import told
+    from .execution import jobs_here, run_jobs_here
+    from .jobs import merged
     from .listing import print_record
+    from .store import Store
 
-    record = run_one(method, track=track, budget=budget, seed=seed, steps=_numbers(steps), settings=_settings(settings), store=store_dir,
-                     resume=resume, show=True)  # fmt: skip
-    print_record(record)
-    if record.status.startswith("failed"):
-        sys.exit(1)
+    store = Store(store_dir)
+    plan = jobs_here(method, track=track, budget=budget, seed=seed, steps=_numbers(steps), settings=_settings(settings))
+    with told(store, plan, log):
+        record = merged(run_jobs_here(plan, store, resume=resume, show=True, log=log))
+        print_record(record)
+        if record.status.startswith("failed"):
+            sys.exit(1)
 
 
 @cli.command()
@@ -65,14 +72,18 @@ def run(
 )
 @click.option("--budget", default="S", show_default=True, help="S, M, L, or 5e6passes, 60s, 2000steps.")
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(1), help="Number of training seeds.")
-@click.option("--jobs", default=2, show_default=True, type=click.IntRange(1), help="Worker processes, a thread each.")
+@JOBS
 @STORE
 @click.option("--plan", "plan_only", is_flag=True, help="Print the plan as JSON and run nothing.")
-def bench(track: str, methods: str | None, budget: str, seeds: int, jobs: int, store_dir: str | None, plan_only: bool) -> None:
+@LOG
+def bench(
+    track: str, methods: str | None, budget: str, seeds: int, jobs: int, store_dir: str | None, plan_only: bool, log: str | None
+) -> None:
     """Run what is missing of a plan, measure latency, and print the leaderboard."""
     from rich.console import Console
 
     from . import bench as benching
+    from .closing import told
     from .discovery import discover
     from .store import Store
 
@@ -84,17 +95,18 @@ def bench(track: str, methods: str | None, budget: str, seeds: int, jobs: int, s
         click.echo(json.dumps([{**job.to_json(), "done": id(job) not in missing} for job in plan], indent=1))
         return
     console = Console(stderr=True)
-    records = benching.run_plan(plan, store, jobs, console)
-    benching.measure_missing(track, store, console, plan)
-    _tell_problems(store)
-    from .listing import print_board
+    with told(store, plan, log, board_shown=True):
+        records = benching.run_plan(plan, store, jobs, console, log)
+        benching.measure_missing(track, store, console, plan)
+        _tell_problems(store)
+        from .listing import print_board
 
-    print_board(track, store)
-    failed = [record for record in records if record.status.startswith("failed")]
-    for record in failed:
-        click.echo(f"{record.label}, seed {record.seed}: {record.status}", err=True)
-    if failed:
-        sys.exit(1)
+        print_board(track, store)
+        failed = [record for record in records if record.status.startswith("failed")]
+        for record in failed:
+            click.echo(f"{record.label}, seed {record.seed}: {record.status}", err=True)
+        if failed:
+            sys.exit(1)
 
 
 @cli.command()
@@ -205,6 +217,10 @@ def demo(out: str) -> None:
     if found:
         draw(found, Path(out), "mixture2d, published records: what each method's samples look like")
         click.echo(f"\nThe picture is {out}. Next: distillbench bench mixture2d")
+
+
+for command in (evidence.claims, evidence.gate, evidence.tune, new.new):
+    cli.add_command(command)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

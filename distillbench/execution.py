@@ -7,48 +7,56 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .bench import ensure_writable, name_of
-from .discovery import find
+from .bench import ensure_writable, kind_of, name_of
+from .config import as_text
+from .discovery import find, target_of
 from .display import Display
 from .errors import UsageError
 from .jobs import Job, merged, resolve, split
+from .logs import check_log, log_known
 from .records import RunRecord
 from .store import Store
 
 
 def run_here(method: Any, *, track: str, budget: str, seed: int, steps: Sequence[int], settings: Mapping[str, Any] | None,
-             store: str | Path | None, resume: bool, show: bool) -> RunRecord:  # fmt: skip
+             store: str | Path | None, resume: bool, show: bool, log: str | None = None) -> RunRecord:  # fmt: skip
     """See `distillbench.run`."""
-    from .runner import execute
-    from .training.checkpoint import set_aside
+    jobs = jobs_here(method, track=track, budget=budget, seed=seed, steps=steps, settings=settings)
+    return merged(run_jobs_here(jobs, Store(store), resume=resume, show=show, log=log))
 
-    target = method if isinstance(method, str) else _as_target(method)
+
+def jobs_here(method: Any, *, track: str, budget: str, seed: int, steps: Sequence[int],
+              settings: Mapping[str, Any] | None) -> list[Job]:  # fmt: skip
+    """The trainings that one method needs for these step counts; everything that can be looked up is checked."""
+    target = target_of(method)
     possible = find(target).info.steps
     if not steps or any(n not in possible for n in steps):
         raise UsageError(f"{target} is made for {', '.join(map(str, possible))} steps, not {', '.join(map(str, steps)) or 'none'}")
-    told = {name: _as_text(value) for name, value in (settings or {}).items()}
+    told = {name: as_text(value) for name, value in (settings or {}).items()}
     jobs = [Job(target, track, budget, seed, part, told) for part in split(target, steps)]
-    held = Store(store)
-    ensure_writable(held)
+    for job in jobs:
+        resolve(job)
+    return jobs
+
+
+def run_jobs_here(jobs: Sequence[Job], store: Store, *, resume: bool, show: bool, log: str | None = None) -> list[RunRecord]:
+    """Their records. Not resumed, a checkpoint is set aside and the training starts afresh; one that is in the store is not run again."""
+    from .runner import execute
+    from .training.checkpoint import set_aside
+
+    check_log(log)
+    ensure_writable(store)
     records = []
-    with Display([name_of(job) for job in jobs]) if show else _Silent() as display:
+    with Display([name_of(job) for job in jobs], kinds=[kind_of(job) for job in jobs]) if show else _Silent() as display:
         for number, job in enumerate(jobs):
-            checkpoint = held.run_folder(resolve(job).record.id) / "checkpoint.safetensors"
+            display.update(number, 0.0, "starting")
+            checkpoint = store.run_folder(resolve(job).record.id) / "checkpoint.safetensors"
             if not resume and checkpoint.exists():
                 set_aside(checkpoint)
-            records.append(execute(job, held, partial(display.update, number)))
+            records.append(execute(job, store, partial(display.update, number), log))
             display.update(number, 1.0, records[-1].status)
-    return merged(records)
-
-
-def _as_target(method: Any) -> str:
-    found = find(method)
-    return found.info.id if found.module else f"{found.path}:{found.class_name}"
-
-
-def _as_text(value: Any) -> str:
-    """A knob's value as `--set` would give it."""
-    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+    log_known(log, store, records)
+    return records
 
 
 class _Silent:

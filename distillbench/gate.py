@@ -10,6 +10,7 @@ from rich.console import Console
 
 from .bench import run_plan, still_missing
 from .budget import parse_budget
+from .closing import told
 from .config import as_text, load_recipe
 from .discovery import Found, find
 from .errors import UsageError
@@ -112,7 +113,7 @@ def conclude(comparisons: Sequence[AtSteps]) -> str:
 
 
 def gate(target: str, against: str | None = None, *, track: str = "mixture2d", budget: str = "S", seeds: int = 5, margin: str = "5%",
-         store: Store, workers: int = 2, console: Console | None = None) -> Gate:  # fmt: skip
+         store: Store, workers: int = 2, log: str | None = None) -> Gate:  # fmt: skip
     """Train target and baseline on the same seeds, as far as the store lacks them, and compare the track's main score."""
     facts, limit = facts_of(track), Margin.parse(margin)
     against = against or BASELINE
@@ -127,7 +128,8 @@ def gate(target: str, against: str | None = None, *, track: str = "mixture2d", b
     for name, settings in ((target, inherited(ours, theirs, facts)), (against, {})):
         sides.append([Job(name, facts.name, budget, seed, part, settings) for seed in range(seeds) for part in split(name, steps)])
     jobs = [job for side in sides for job in side]
-    run_plan(jobs, store, workers, console or Console(stderr=True))
+    with told(store, jobs, log):
+        run_plan(jobs, store, workers, Console(stderr=True), log)
     missing = {resolve(job).record.id for job in still_missing(jobs, store)}
     records = [[_stored(store, job) for job in side] for side in sides]
     names = _names(ours, theirs)

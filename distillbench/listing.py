@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .discovery import discover
 from .closing import store_option
+from .discovery import discover
 from .leaderboard import Board, render
 from .leaderboard.texts import count_text
 from .published import published_store
-from .records import RunRecord
+from .records import LatencyRecord, RunRecord
 from .store import Store
 from .submission import FOLDER, Submitted, submitted
 from .tracks.facts import FACTS, facts_of
@@ -118,8 +118,17 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def board_of(track: str, store: Store, *, published: bool = False) -> Board:
-    """The board of a store's records, with the published ones and those that authors sent in beside them if asked for.
+class Gathered(NamedTuple):
+    """A track's evidence. records: by id, verified submissions included.  reported: what nobody but its author has run."""
+
+    records: dict[str, RunRecord]
+    latencies: list[LatencyRecord]
+    reported: list[RunRecord]
+    reported_latencies: list[LatencyRecord]
+
+
+def gathered(track: str, store: Store, *, published: bool = False) -> Gathered:
+    """What a store holds of a track, with the published records and those that authors sent in beside them if asked for.
 
     A submission that is not trusted is named in the store's `problems`. Latencies of a verified one are left out: no one has repeated them.
     """
@@ -130,10 +139,18 @@ def board_of(track: str, store: Store, *, published: bool = False) -> Board:
     sent = submitted(stores[-1].folder / FOLDER, facts, list(records.values())) if published else Submitted()
     store.problems += sent.problems
     verified = {record.id: record for found in sent.verified for record in found.records}
-    return Board.from_records(
-        (verified | records).values(), latencies, facts, reported=[record for found in sent.reported for record in found.records],
-        reported_latencies=[latency for found in sent.reported for latency in found.latencies],
+    return Gathered(
+        verified | records, latencies, [record for found in sent.reported for record in found.records],
+        [latency for found in sent.reported for latency in found.latencies],
     )  # fmt: skip
+
+
+def board_of(track: str, store: Store, *, published: bool = False) -> Board:
+    """The board of what `gathered` finds."""
+    found = gathered(track, store, published=published)
+    return Board.from_records(
+        found.records.values(), found.latencies, track, reported=found.reported, reported_latencies=found.reported_latencies
+    )
 
 
 def print_board(track: str, store: Store) -> None:

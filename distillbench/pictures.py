@@ -40,13 +40,14 @@ def panels(board: Board, store: Store) -> list[Panel]:
         chosen.append((f"{row.label}, {row.steps} evaluation{'s' if row.steps > 1 else ''}", row))
     found = []
     for title, row in chosen:
-        panel = next((p for p in (_load(store.student_folder(i), row.steps, title) for i in row.run_ids) if p), None)
+        panel = next((p for p in (preview(store.student_folder(i), row.steps, title) for i in row.run_ids) if p), None)
         if panel is not None:
             found.append(panel)
     return found
 
 
-def _load(folder: Path, steps: int, title: str) -> Panel | None:
+def preview(folder: Path, steps: int, title: str) -> Panel | None:
+    """The samples that a run left in its student's folder at this step count; None if it left none that can be read."""
     path = folder / f"preview-{steps}.safetensors"
     try:
         held = load_file(path)

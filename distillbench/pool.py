@@ -33,23 +33,26 @@ class _Worker:
     heard: float = 0.0
 
 
-def run_jobs(jobs: list[Job], store: Store, workers: int, event: Event) -> dict[int, RunRecord]:
-    """Run all jobs; job number -> record. Raises KeyboardInterrupt after the workers have saved their state."""
+def run_jobs(jobs: list[Job], store: Store, workers: int, event: Event, log: str | None = None) -> dict[int, RunRecord]:
+    """Run all jobs; job number -> record. `event` hears of a job first with fraction 0 when it is given out.
+
+    Raises KeyboardInterrupt after the workers have saved their state. log: one of `logs.LOGS`.
+    """
     done: dict[int, RunRecord] = {}
     waiting = list(range(len(jobs)))
-    crew = [_start(store.folder) for _ in range(min(workers, len(jobs)))]
+    crew = [_start(store.folder, log) for _ in range(min(workers, len(jobs)))]
     try:
         for worker in crew:
-            _give(worker, waiting, jobs)
+            _give(worker, waiting, jobs, event)
         while any(worker.job is not None for worker in crew):
             ready = wait([worker.link for worker in crew if worker.job is not None], timeout=1.0)
             for place, worker in enumerate(crew):
                 if worker.job is not None and time.monotonic() - worker.heard > SILENCE:
                     worker.process.kill()  # its link closes, and _listen records why
                 if worker.link in ready and not _listen(worker, jobs, store, done, event) and waiting:
-                    crew[place] = worker = _start(store.folder)
+                    crew[place] = worker = _start(store.folder, log)
                 if worker.job is None and waiting:
-                    _give(worker, waiting, jobs)
+                    _give(worker, waiting, jobs, event)
     except KeyboardInterrupt:
         _let_finish(crew)
         raise
@@ -62,11 +65,11 @@ def run_jobs(jobs: list[Job], store: Store, workers: int, event: Event) -> dict[
     return done
 
 
-def _start(folder: Path) -> _Worker:
+def _start(folder: Path, log: str | None) -> _Worker:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    process = context.Process(target=_work, args=(there, str(folder)), daemon=True)
+    process = context.Process(target=_work, args=(there, str(folder), log), daemon=True)
     # Ctrl-C reaches every process of the terminal. The worker is born with it blocked and is told to stop by SIGTERM, once: the loop takes
     # a second signal as "at once, without saving".
     resource_tracker.ensure_running()  # start() does this otherwise, and it ends by unblocking
@@ -79,12 +82,13 @@ def _start(folder: Path) -> _Worker:
     return _Worker(process, here)
 
 
-def _give(worker: _Worker, waiting: list[int], jobs: list[Job]) -> None:
+def _give(worker: _Worker, waiting: list[int], jobs: list[Job], event: Event) -> None:
     if waiting:
         worker.job = waiting.pop(0)
         worker.heard = time.monotonic()
         with suppress(OSError):  # a worker that died since its last word: its link is at its end, and _listen records why
             worker.link.send(jobs[worker.job])
+        event(worker.job, 0.0, "starting")
 
 
 def _listen(worker: _Worker, jobs: list[Job], store: Store, done: dict[int, RunRecord], event: Event) -> bool:
@@ -129,7 +133,7 @@ def _let_finish(crew: list[_Worker]) -> None:
         worker.process.join(timeout=max(0.1, end - time.monotonic()))
 
 
-def _work(link: Connection, folder: str) -> None:
+def _work(link: Connection, folder: str, log: str | None) -> None:
     """The worker's life: a job, its progress, its record's id; again."""
     from .training.loop import Interrupted
 
@@ -147,7 +151,7 @@ def _work(link: Connection, folder: str) -> None:
 
     try:
         while True:
-            link.send(("done", _record_of(link.recv(), store, report).id))
+            link.send(("done", _record_of(link.recv(), store, report, log).id))
     except (EOFError, BrokenPipeError):
         return
     except (Interrupted, KeyboardInterrupt):
@@ -156,13 +160,13 @@ def _work(link: Connection, folder: str) -> None:
         _send(link, ("error", str(error)))
 
 
-def _record_of(job: Job, store: Store, report: Callable[[float, str], None]) -> RunRecord:
+def _record_of(job: Job, store: Store, report: Callable[[float, str], None], log: str | None) -> RunRecord:
     """In a plan, a knob that only `build` can judge costs its job alone."""
     from .runner import execute
 
     resolved = resolve(job)
     try:
-        return execute(job, store, report)
+        return execute(job, store, report, log)
     except UsageError as error:
         record = dataclasses.replace(resolved.record, status=f"failed: {error}").scrubbed()
         store.add(record)  # raises where the store cannot be written

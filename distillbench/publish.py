@@ -1,22 +1,27 @@
 """`python -m distillbench.publish mixture2d --store DIR`: a store's records into `leaderboards/<track>/` and the README.
 
-Published are the ok runs under named budgets with the track's recipe: read-only records, previews, rendered tables and the picture.
+Published are the ok runs under named budgets with the track's recipe: read-only records, previews and losses of seed 0, rendered tables
+and the picture; in `claims/` the ablations that the methods' claims stand on, and in `claims.md` what they come to.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
+from .claims import Decision, decided, jobs_of
+from .discovery import discover
+from .jobs import resolve
 from .leaderboard import Board, render, verdict
 from .leaderboard.texts import count_text, latency_text, places_by_column, ratio_text, score_text, spent_text, trained_for_text
 from .listing import board_of
 from .pictures import draw, panels
 from .store import Store
-from .tracks.facts import facts_of
+from .tracks.facts import TrackFacts, facts_of
 
 NAMED = ("S", "M", "L")
 BRIEF = {"mixture2d": ("in-mode", "sliced-w2", "coverage"), "digits": ("fd", "recall", "label-agreement")}  # columns in the README
@@ -39,7 +44,7 @@ def main(track: str, source: str | None, out: str, readme: str) -> None:
             target.add(record)
             kept.add(record.id)
             if record.seed == 0:
-                _copy_previews(held.student_folder(record.id), target.student_folder(record.id))
+                _copy_kept(held.student_folder(record.id), target.student_folder(record.id))
     for latency in held.latencies(facts.id):
         if latency.subject == "teacher" or latency.subject in kept:
             target.add(latency)
@@ -48,10 +53,46 @@ def main(track: str, source: str | None, out: str, readme: str) -> None:
     for ending, form in (("md", "markdown"), ("tex", "latex"), ("csv", "csv")):
         (folder / f"table.{ending}").write_text(render(board, form))
     draw(panels(board, target), folder / "samples.png", f"{facts.id}: samples of each method, one colour a class")
-    (folder / ".lock").unlink(missing_ok=True)
+    ablations = _publish_claims(facts, held, target)
     page = Path(readme)
     page.write_text(with_block(page.read_text(), f"board {facts.name}", brief(board)))
-    click.echo(f"{len(kept)} records in {folder}")
+    for lock in folder.rglob(".lock"):
+        lock.unlink()
+    click.echo(f"{len(kept)} records and {ablations} ablations in {folder}")
+
+
+def _publish_claims(facts: TrackFacts, held: Store, target: Store) -> int:
+    """The records of this track that claims stand on and no board shows, and the page of the claims; how many records."""
+    claims = [claim for found in discover().values() for claim in found.info.claims if facts_of(claim.track) == facts]
+    beside = Store(target.folder / "claims")
+    records = [held.get(resolve(job).record.id) for job in jobs_of(claims)]
+    ablations = [record for record in records if record is not None and record.ok and record.overrides]
+    for record in ablations:
+        beside.add(record)
+    page = claims_page(facts, decided([target, beside], track=facts.name))
+    (target.folder / "claims.md").write_text(page)
+    return len(ablations)
+
+
+def claims_page(facts: TrackFacts, decisions: Sequence[Decision]) -> str:
+    """The decisions on one track as a Markdown table."""
+    header = ("method", "claim", "better", "worse", "metric", "steps", "verdict", "n", "effect", "p", "p (Holm)")
+    lines = [
+        f"# What the methods' papers claim, on `{facts.id}`", "",
+        f"Paired seeds under budget S, 95 % intervals, Holm's correction within a method; at least {facts.claim_seeds} seeds decide.",
+        "The effect is how much better the first is than the second, above 0 in the claim's favour. Written by `make publish`.", "",
+        "| " + " | ".join(header) + " |", "|" + "---|" * len(header),
+    ]  # fmt: skip
+    for d in decisions:
+        c = d.claim
+        sides = f"`{c.better}` | `{c.worse}` | {c.metric} | {c.steps}"
+        if d.effect is None:
+            figures = f"{d.n} | {d.why} | – | –"
+        else:
+            margin = f", margin {c.margin:g}" if c.margin else ""
+            figures = f"{d.n} | {d.effect.value:+.3g} [{d.effect.low:+.3g}, {d.effect.high:+.3g}]{margin} | {d.p:.2g} | {d.p_adjusted:.2g}"
+        lines.append(f"| {d.method} | {c.text} | {sides} | **{d.verdict}** | {figures} |")
+    return "\n".join(lines) + "\n"
 
 
 def with_block(text: str, name: str, block: str) -> str:
@@ -93,8 +134,9 @@ def brief(board: Board) -> str:
     return "\n".join(lines)
 
 
-def _copy_previews(source: Path, target: Path) -> None:
-    for path in source.glob("preview-*.safetensors"):
+def _copy_kept(source: Path, target: Path) -> None:
+    """Previews and losses: what a report shows of a run besides its record."""
+    for path in [*source.glob("preview-*.safetensors"), *source.glob("losses.json")]:
         target.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target / path.name)
 

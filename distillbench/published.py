@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .store import Store
-from .tracks.facts import facts_of
+from .tracks.facts import FACTS, facts_of
 
 _HERE = Path(__file__).parent
 
@@ -19,3 +19,8 @@ def published_folder(track: str) -> Path:
 
 def published_store(track: str) -> Store:
     return Store(published_folder(track), read_only=True)
+
+
+def published_evidence() -> list[Store]:
+    """What published claims stand on: the boards' records, and beside them the ablations, which no board shows."""
+    return [Store(folder, read_only=True) for name in FACTS for folder in (published_folder(name), published_folder(name) / "claims")]

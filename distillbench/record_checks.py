@@ -22,7 +22,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 _LABEL = re.compile(r"\w[\w.@+:-]*(\(.{1,300}\))?")
 _PRIVATE_KEYS = {"user", "username", "host", "hostname", "node", "home", "cwd", "path", "folder"}
 _COMMON_NAMES = {"root", "user", "runner", "ubuntu", "admin", "localhost"}  # they say nothing about anyone
-SPENT = ("passes", "macs", "seconds", "updates", "cycles", "images", "peak_memory_mb")
+SPENT = ("passes", "macs", "seconds", "processor_seconds", "updates", "cycles", "images", "peak_memory_mb")
 UNITS = ("passes", "seconds", "steps")
 
 

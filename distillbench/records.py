@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from . import __version__
@@ -97,8 +98,19 @@ def environment() -> dict[str, Any]:
 
     return {
         "python": platform.python_version(), "torch": installed("torch"), "numpy": installed("numpy"), "distillbench": __version__,
-        "platform": f"{platform.system()} {platform.machine()}", "cpus": os.cpu_count(),
+        "platform": f"{platform.system()} {platform.machine()}", "cpus": os.cpu_count(), "processor": _processor(),
     }  # fmt: skip
+
+
+def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """The kind of processor, on which the last digits depend: its name, family and model; None elsewhere than on Linux."""
+    try:
+        lines = (line.partition(":") for line in cpuinfo.read_text().partition("\n\n")[0].splitlines())
+    except OSError:
+        return None
+    found = {name.strip(): value.strip() for name, _, value in lines}
+    told = [found["model name"]] if "model name" in found else []
+    return " ".join(told + [f"{name} {found[name]}" for name in ("cpu family", "model", "stepping") if name in found]) or None
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,7 @@ class RunRecord:
 
     label: what a board prints: the method's id and its changed knobs, `dmd2(gan=false)`.
     budget: {"name", "unit": "passes" | "seconds" | "steps", "amount"}, or None for a reference.
-    spent: passes, macs, seconds, updates, cycles, images, peak_memory_mb.
+    spent: passes, macs, seconds (by the clock), processor_seconds (not in old records), updates, cycles, images, peak_memory_mb.
     scores: step count as text -> list of score objects (name, identity, value or None with a note saying why, low, high, n,
     higher_is_better, unit, note; `Score.to_json`, with its key if wanted).
     evaluations: step count as text -> network evaluations per sample.

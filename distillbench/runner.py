@@ -23,6 +23,7 @@ from .budget import Budget
 from .diffusion.solvers import SOLVERS, time_grid
 from .errors import BadFileError, ContractError, DistillbenchError, NonFiniteError, NotApplicable, UsageError
 from .jobs import TEACHER, TRUTH, Job, Resolved, resolve
+from .logs import EventLog
 from .networks.files import sha256_file
 from .randomness import sample_noise
 from .records import RunRecord
@@ -34,11 +35,12 @@ from .training.meter import Tracer, networks_of, pass_cost
 from .training.state import built
 
 CHUNK = 1024  # samples generated at a time
+SCORING = 8  # the scoring of a reference's step count as so many of its evaluations: for its progress only, between what tracks need
 Report = Callable[[float, str], None]  # fraction of the job in [0, 1], what is going on
 
 
-def execute(job: Job, store: Store, report: Report | None = None) -> RunRecord:
-    """Run a job and store its record; a job that is already done is returned as it is.
+def execute(job: Job, store: Store, report: Report | None = None, log: str | None = None) -> RunRecord:
+    """Run a job and store its record; a job that is already done is returned as it is. log: one of `logs.LOGS`.
 
     A method's failure becomes a record with status "failed: why". `Interrupted` passes through, and so does the `UsageError` of a wrong
     name or knob, also one that `build` finds.
@@ -50,7 +52,7 @@ def execute(job: Job, store: Store, report: Report | None = None) -> RunRecord:
     torch.set_num_threads(job.threads)
     say = report or (lambda fraction, what: None)
     try:
-        record = _reference(resolved, store, say) if job.is_reference else _run(resolved, store, say)
+        record = _reference(resolved, store, say) if job.is_reference else _run(resolved, store, say, log)
     except (Interrupted, KeyboardInterrupt, UsageError):
         raise
     except NotApplicable as error:
@@ -79,7 +81,7 @@ def _one_line(error: Exception, resolved: Resolved) -> str:
     return f"{type(error).__name__}: {text or 'no message'} ({Path(where.filename).name}:{where.lineno})"
 
 
-def _run(resolved: Resolved, store: Store, say: Report) -> RunRecord:
+def _run(resolved: Resolved, store: Store, say: Report, log: str | None) -> RunRecord:
     job, record = resolved.job, resolved.record
     track = get_track(job.track)
     assert resolved.found is not None
@@ -88,23 +90,32 @@ def _run(resolved: Resolved, store: Store, say: Report) -> RunRecord:
         return dataclasses.replace(record, status=f"skipped: {missing}")
     _reset_peak_memory(job.device)
     method, context = build(resolved, track, store.run_folder(record.id))
+    events = EventLog(log, store, record)
     try:
-        return _trained(resolved, store, say, track, method, context)
+        return _trained(resolved, store, say, track, method, context, events)
     except UsageError as error:  # after build nobody types anything any more: it is the method's mistake
         raise ContractError(str(error)) from error
+    finally:
+        events.close()
 
 
-def _trained(resolved: Resolved, store: Store, say: Report, track: Track, method: Any, context: Context) -> RunRecord:
+def _trained(resolved: Resolved, store: Store, say: Report, track: Track, method: Any, context: Context, events: EventLog) -> RunRecord:
     """Train, save and score a built method."""
     job, record = resolved.job, resolved.record
     assert record.budget is not None
+
+    def report(progress: Progress) -> None:
+        say(0.95 * progress.fraction, _told(progress))
+        events.training(progress.fraction, vars(progress.spent), loop.position.losses)
+
     loop = Loop(
         method, context, track.source(), Budget(record.budget["name"], record.budget["amount"], record.budget["unit"]),
         unit=pass_cost(track.teacher(), track.shape, track.catalog()), batch_size=track.batch_size, run=record.id,
         folder=store.run_folder(record.id), precision=job.dtype, turn_limit=float(os.environ.get("DISTILLBENCH_TURN_LIMIT", "600")),
-        report=lambda progress: say(0.95 * progress.fraction, _told(progress)), warn=lambda line: say(0.0, line),
+        report=report, warn=lambda line: say(0.0, line),
     )  # fmt: skip
     spent = loop.train()
+    events.training(1.0, vars(spent), loop.position.losses)
     student = method.distilled()
     folder = _save_student(student, store.student_folder(record.id))
     scores, evaluations = {}, {}
@@ -116,10 +127,12 @@ def _trained(resolved: Resolved, store: Store, say: Report, track: Track, method
         evaluations[str(steps)] = samples.evaluations
     used = {**dataclasses.asdict(spent), "peak_memory_mb": _peak_memory(job.device)}
     (folder / "losses.json").write_text(json.dumps(loop.position.losses))
-    return dataclasses.replace(
-        record, status="ok", scores=scores, evaluations=evaluations, spent=used, parameters=_parameters(student),
-        checksums={"student": _checksum(folder)},
+    result = dataclasses.replace(
+        record, status="ok", scores=scores, evaluations=evaluations, spent=used, parameters=_parameters(student, job.steps),
+        checksums={"student": checksum(folder)},
     )  # fmt: skip
+    events.finished(result)
+    return result
 
 
 def build(resolved: Resolved, track: Track, folder: Path | None) -> tuple[Any, Context]:
@@ -214,8 +227,10 @@ def _reference(resolved: Resolved, store: Store, say: Report) -> RunRecord:
     folder = store.student_folder(record.id)
     folder.mkdir(parents=True, exist_ok=True)
     scores, evaluations = {}, {}
+    shares = [steps + SCORING for steps in job.steps]
     for number, steps in enumerate(job.steps):
-        say(number / len(job.steps), f"{job.target} at {steps} evaluations" if job.target == TEACHER else "truth against truth")
+        doing = f"{job.target} at {steps} evaluations" if job.target == TEACHER else "truth against truth"
+        say(sum(shares[:number]) / sum(shares), doing)
         if job.target == TRUTH:
             scores[str(steps)], evaluations[str(steps)] = [score.to_json() for score in track.floor()], 0
             _keep_preview(folder, steps, track.truth(), track)
@@ -250,7 +265,8 @@ def _save_student(student: Student, folder: Path) -> Path:
     return folder
 
 
-def _checksum(folder: Path) -> str:
+def checksum(folder: Path) -> str:
+    """sha256 of a saved student's weights; of several files, of their checksums in the order of their names."""
     files = sorted(folder.glob("*.safetensors"))
     weights = [file for file in files if not file.name.startswith("preview-")]
     if len(weights) == 1:
@@ -258,9 +274,9 @@ def _checksum(folder: Path) -> str:
     return hashlib.sha256("".join(sha256_file(file) for file in weights).encode()).hexdigest()
 
 
-def _parameters(student: Student) -> int | None:
-    modules = [value for value in vars(student).values() if isinstance(value, nn.Module)]
-    return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values()) or None
+def _parameters(student: Student, steps: Sequence[int]) -> int | None:
+    """Of the networks that one sample passes through, at the step count that takes the most."""
+    return max(sum(p.numel() for p in {id(p): p for m in student.networks(n) for p in m.parameters()}.values()) for n in steps) or None
 
 
 def _reset_peak_memory(device: str) -> None:

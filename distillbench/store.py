@@ -182,17 +182,22 @@ def write_atomically(path: Path, data: object) -> None:
         os.close(folder)
 
 
-def read_record(path: Path, record_type: type[Any]) -> Any:
-    """A `RunRecord` or `LatencyRecord` from a plain file named by its id; raises `BadFileError`, trusting nothing."""
+def read_json(path: Path) -> Any:
+    """The JSON of a plain file of bounded size; raises `BadFileError`, trusting nothing."""
     status = os.lstat(path)
     if not stat.S_ISREG(status.st_mode):
         raise BadFileError(f"{path}: not a plain file")
     if status.st_size > LARGEST:
         raise BadFileError(f"{path}: {status.st_size} bytes, too large for a record")
     try:
-        data = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_unique)
+        return json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:  # broken JSON, broken UTF-8, NaN, twice the same key, a tower of brackets
         raise BadFileError(f"{path}: truncated or not JSON ({str(error)[:80]})") from error
+
+
+def read_record(path: Path, record_type: type[Any]) -> Any:
+    """A `RunRecord` or `LatencyRecord` from a plain file named by its id; raises `BadFileError`, trusting nothing."""
+    data = read_json(path)
     try:
         record = record_type.from_json(data, str(path))
     except (RecursionError, ValueError, TypeError, OverflowError) as error:  # 1e999, half a surrogate pair, text that is too deep

@@ -20,6 +20,7 @@ from rich.console import Console
 from scipy.stats import qmc
 
 from .bench import run_plan
+from .closing import told
 from .config import as_text
 from .discovery import Found, find
 from .errors import UsageError
@@ -89,7 +90,7 @@ def _value(search: Search, place: float, hint: Any) -> Any:
     return round(value) if whole else float(f"{value:.2g}")
 
 
-def run_trials(method: str, track: str, store: Store, workers: int, console: Console) -> Study:
+def run_trials(method: str, track: str, store: Store, workers: int, console: Console, log: str | None = None) -> Study:
     """Run the trials that the store's folder `tuning` lacks, and score them all."""
     facts, found = facts_of(track), find(method)
     if facts.name.endswith(VALIDATES):
@@ -99,7 +100,9 @@ def run_trials(method: str, track: str, store: Store, workers: int, console: Con
     steps = tuple(n for n in STEPS if n in found.info.steps) or found.info.steps
     tried = points(found, found.load().Config)
     jobs = [_jobs(method, split_facts.name, steps, values) for values in tried]
-    run_plan([job for trial in jobs for job in trial], held, workers, console)
+    every = [job for trial in jobs for job in trial]
+    with told(held, every, log, board_shown=True):
+        run_plan(every, held, workers, console, log)
     trials = [_trial(values, [held.get(resolve(job).record.id) for job in each], facts) for values, each in zip(tried, jobs, strict=True)]
     return Study(found.info.id, found.info.version, facts, found.path, tuple(trials))
 

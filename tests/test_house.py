@@ -17,14 +17,14 @@ from distillbench.tracks.facts import FACTS
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors", "info", "uncharged", "randomness", "conditions", "budget", "api", "record_checks", "records", "config", "discovery",
-     "diffusion", "networks"},
+     "diffusion", "networks", "statistics"},
     {"parts", "teachers", "data", "metrics"},
     {"tracks", "training"},
     {"store", "jobs", "published"},
-    {"statistics", "leaderboard"},
-    {"runner", "latency", "pool", "bench", "execution", "display", "pictures", "listing", "publish", "doctor", "conformance",
-     "methods_table"},
-    {"cli"},
+    {"claims", "leaderboard"},
+    {"runner", "latency", "pool", "bench", "execution", "display", "remaining", "logs", "closing", "pictures", "listing", "report", "publish", "doctor",
+     "conformance", "methods_table", "gate", "tuning", "testing", "scaffold", "submission", "packing", "agreement", "verification"},
+    {"cli_options", "commands", "cli"},
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

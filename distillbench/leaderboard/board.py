@@ -9,11 +9,12 @@ from typing import Any
 from ..errors import UsageError
 from ..record_checks import score_key
 from ..records import LatencyRecord, RunRecord
-from ..statistics import mean_interval
+from ..statistics import Interval, mean_interval, paired_difference
 from ..tracks.facts import TrackFacts, facts_of
 from .labels import distinct_labels, trainings
 
 NOT_RUN = "not run"
+SELF_REPORTED = "self-reported"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Row:
     family: str
     trained_for: tuple[int, ...]
     trainings: int  # k students were trained for this label, each under the whole budget
-    spent: dict[str, float]  # mean over seeds; peak_memory_mb: largest
+    spent: dict[str, float]  # mean over seeds; peak_memory_mb: largest; see `_spent` for shown_seconds
     parameters: int | None
     seeds: tuple[int, ...]  # scored
     attempted: int  # seeds, the failed and skipped ones included
@@ -61,6 +62,13 @@ class Row:
     run_ids: tuple[str, ...]
     latency: dict[int, LatencyRecord]  # by batch size
     rank: int | None = None
+    tied: bool = False  # another row has the same rank
+    self_reported: bool = False  # nobody but its author has run it
+
+    @property
+    def competes(self) -> bool:
+        """Whether it is ranked, marked and concluded about: a method's row that more than its author vouches for."""
+        return self.kind == "run" and not self.self_reported
 
     @property
     def is_truth(self) -> bool:
@@ -86,20 +94,20 @@ class Board:
 
     @classmethod
     def from_records(
-        cls, records: Iterable[RunRecord], latencies: Iterable[LatencyRecord] = (), track: TrackFacts | str = "mixture2d"
-    ) -> Board:
-        """Records of other tracks or versions are left out. Raises `UsageError` if one score name stands for two identities."""
+        cls, records: Iterable[RunRecord], latencies: Iterable[LatencyRecord] = (), track: TrackFacts | str = "mixture2d", *,
+        reported: Iterable[RunRecord] = (), reported_latencies: Iterable[LatencyRecord] = (),
+    ) -> Board:  # fmt: skip
+        """Records of other tracks or versions are left out. Raises `UsageError` if one score name stands for two identities.
+
+        reported: what nobody but its author has run; it never shares a row, or a latency, with the others.
+        """
         facts = facts_of(track) if isinstance(track, str) else track
         mine = [record for record in records if record.track == facts.id]
-        refuse_two_identities(mine)
-        times = [record for record in latencies if record.track == facts.id]
-        settings: dict[str, list[RunRecord]] = {}
-        for record in sorted(mine, key=lambda record: (record.created, record.id)):
-            settings.setdefault(record.setting, []).append(record)
-        groups = [group for records_of_one in settings.values() for group in _by_steps(records_of_one)]
-        labels = distinct_labels(groups)
-        counts = trainings(mine, labels)
-        rows = [_row(steps, group, labels[group[0].setting], counts[group[0].setting], times) for steps, group in groups]
+        sent = [record for record in reported if record.track == facts.id]
+        refuse_two_identities([*mine, *sent])
+        rows = _rows(mine, [record for record in latencies if record.track == facts.id])
+        sent_rows = _rows(sent, [record for record in reported_latencies if record.track == facts.id])
+        rows += [replace(row, label=f"{row.label} ({SELF_REPORTED})", self_reported=True) for row in sent_rows]
         present = {name for row in rows for name in row.cells}
         columns = [name for name in facts.columns if name in present]
         return cls(facts, tuple(_ranked(rows, facts)), tuple(columns + sorted(present - set(columns))))
@@ -140,6 +148,17 @@ def refuse_two_identities(records: Sequence[RunRecord]) -> None:
                 )
 
 
+def _rows(records: Sequence[RunRecord], latencies: Sequence[LatencyRecord]) -> list[Row]:
+    """One a setting and step count, in no order."""
+    settings: dict[str, list[RunRecord]] = {}
+    for record in sorted(records, key=lambda record: (record.created, record.id)):
+        settings.setdefault(record.setting, []).append(record)
+    groups = [group for records_of_one in settings.values() for group in _by_steps(records_of_one)]
+    labels = distinct_labels(groups)
+    counts = trainings(records, labels)
+    return [_row(steps, group, labels[group[0].setting], counts[group[0].setting], latencies) for steps, group in groups]
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
@@ -165,21 +184,28 @@ def _row(steps: int, group: list[RunRecord], label: str, count: int, latencies: 
     else:
         why = next(record.status for record in group if not record.ok)
         status = why if not done else f"{len(done)} of {len(group)} seeds; {why}"
-    spent_by = done or group
-    amounts: dict[str, list[float]] = {}
-    for record in spent_by:
-        for name, amount in record.spent.items():
-            amounts.setdefault(name, []).append(amount)
-    spent = {name: max(values) if name == "peak_memory_mb" else sum(values) / len(values) for name, values in amounts.items()}
     return Row(
         kind=first.kind, label=label, method=first.method, steps=steps, status=status, config=first.config, budget=first.budget,
         evaluations=next((record.evaluations[str(steps)] for record in done), None),
         cells={name: _cell(name, steps, done) for name in names},
-        data_access=first.data_access, family=first.family, trained_for=tuple(first.trained_for), trainings=count, spent=spent,
+        data_access=first.data_access, family=first.family, trained_for=tuple(first.trained_for), trainings=count,
+        spent=_spent(done or group),
         parameters=next((record.parameters for record in done if record.parameters is not None), None),
         seeds=tuple(record.seed for record in done), attempted=len(group), tuning=first.tuning,
         run_ids=tuple(record.id for record in group), latency=_latency(first, steps, {record.id for record in done}, latencies),
     )  # fmt: skip
+
+
+def _spent(records: Sequence[RunRecord]) -> dict[str, float]:
+    """Means of what each record holds. shown_seconds, made here, is what a table's column "seconds" shows: of a run on the processor its
+    processor seconds, where its record has them, because a busy machine stretches the clock's; else the clock's."""
+    amounts: dict[str, list[float]] = {}
+    for record in records:
+        shown = record.spent.get("processor_seconds") if record.device_class == "cpu" else None
+        shown = record.spent.get("seconds") if shown is None else shown
+        for name, amount in [*record.spent.items(), *([] if shown is None else [("shown_seconds", shown)])]:
+            amounts.setdefault(name, []).append(amount)
+    return {name: max(values) if name == "peak_memory_mb" else sum(values) / len(values) for name, values in amounts.items()}
 
 
 def _cell(name: str, steps: int, records: Sequence[RunRecord]) -> Cell:
@@ -214,17 +240,31 @@ def _place(row: Row, facts: TrackFacts) -> tuple[Any, ...]:
     return (row.is_truth, row.evaluations or row.steps, value is None, signed, row.label)
 
 
+def advantage(higher_is_better: bool | None, name: str, a: Row, b: Row) -> Interval | None:
+    """By how much a is better than b on a score (above 0: better), over their shared seeds; None if they share none."""
+    sign = -1.0 if higher_is_better is False else 1.0
+    ours = {seed: sign * value for seed, value in a.cells[name].by_seed.items()}
+    return paired_difference(ours, {seed: sign * value for seed, value in b.cells[name].by_seed.items()})
+
+
 def _ranked(rows: list[Row], facts: TrackFacts) -> list[Row]:
-    """In order, the methods' rows numbered within budget and evaluations; equal means share a rank."""
+    """In order; a method's rank is one more than the number of methods that beat it within budget and evaluations.
+
+    To beat is to have a 95 % paired interval above 0. With one seed nothing beats anything, and all share the first place.
+    """
     ordered = sorted(rows, key=lambda row: (_budget_key(row.budget), *_place(row, facts)))
-    groups: dict[tuple[Any, ...], list[float]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in ordered:
-        value = row.value(facts.main)
-        if row.kind == "run" and value is not None:
-            groups.setdefault((_budget_key(row.budget), row.evaluations), []).append(value)
+        if row.competes and row.value(facts.main) is not None:
+            groups.setdefault((_budget_key(row.budget), row.evaluations), []).append(row)
+    ranks: dict[int, int] = {}
+    for group in groups.values():
+        ranks |= {id(row): 1 + sum(_beats(other, row, facts.main) for other in group if other is not row) for row in group}
+    held = [[ranks[id(row)] for row in group] for group in groups.values()]
+    shared = {id(row): places.count(ranks[id(row)]) > 1 for group, places in zip(groups.values(), held, strict=True) for row in group}
+    return [replace(row, rank=ranks.get(id(row)), tied=shared.get(id(row), False)) for row in ordered]
 
-    def rank(row: Row) -> int | None:
-        value = row.value(facts.main)
-        return None if row.kind != "run" or value is None else 1 + groups[(_budget_key(row.budget), row.evaluations)].index(value)
 
-    return [replace(row, rank=rank(row)) for row in ordered]
+def _beats(a: Row, b: Row, name: str) -> bool:
+    found = advantage(a.cells[name].higher_is_better, name, a, b)
+    return found is not None and found.n >= 2 and found.sign > 0

@@ -38,10 +38,12 @@ def _json_row(row: Row, board: Board) -> dict[str, Any]:
         for batch, record in row.latency.items()
     }
     return {
-        "rank": row.rank, "method": row.label, "method_id": row.method, "kind": row.kind, "track": board.facts.id, "steps": row.steps,
+        "rank": row.rank, "tied": row.tied, "method": row.label, "method_id": row.method, "kind": row.kind,
+        "self_reported": row.self_reported, "track": board.facts.id, "steps": row.steps,
         "evaluations": row.evaluations, "status": row.status, "budget": row.budget, "trained_for": list(row.trained_for),
         "trainings": row.trainings, "data_access": row.data_access, "family": row.family, "passes": row.spent.get("passes"),
-        "seconds": row.spent.get("seconds"), "peak_memory_mb": row.spent.get("peak_memory_mb"), "parameters": row.parameters,
+        "seconds": row.spent.get("seconds"), "processor_seconds": row.spent.get("processor_seconds"),
+        "peak_memory_mb": row.spent.get("peak_memory_mb"), "parameters": row.parameters,
         "seeds": len(row.seeds), "seed_numbers": list(row.seeds), "seeds_attempted": row.attempted, "tuning": row.tuning,
         "runs": list(row.run_ids), "scores": scores, "latency": latency or NOT_RUN,
     }  # fmt: skip
@@ -70,7 +72,13 @@ def render_csv(board: Board) -> str:
         for name in board.columns:
             cell = row.cells.get(name)
             line += [None, None, None] if cell is None else [cell.value, cell.low, cell.high]
-        line += [row.data_access, ",".join(map(str, row.trained_for)), row.trainings, row.spent.get("passes"), row.spent.get("seconds")]
+        line += [
+            row.data_access,
+            ",".join(map(str, row.trained_for)),
+            row.trainings,
+            row.spent.get("passes"),
+            row.spent.get("shown_seconds"),
+        ]
         line += [row.parameters, row.spent.get("peak_memory_mb")]
         for batch in batches:
             record = row.latency.get(batch)
@@ -120,7 +128,7 @@ def _paper_columns(board: Board, rows: Sequence[Row], markup: _Markup) -> list[t
         column(f"latency b{batch}", lambda row: texts.DASH if row.is_truth else texts.latency_text(row.latency.get(batch)))
         column(f"ratio to {base} b{batch}", lambda row: texts.DASH if row.is_truth else texts.ratio_text(row.latency.get(batch)))
 
-    column("#", lambda row: texts.DASH if row.rank is None else str(row.rank))
+    column("#", texts.rank_text)
     column("method", lambda row: row.label)
     column("eval", texts.evaluations_text)
     for name in board.columns:
@@ -160,23 +168,29 @@ def render_markdown(board: Board) -> str:
 
 
 def render_latex(board: Board) -> str:
-    """A booktabs table for each budget (packages: booktabs, graphicx), best in bold, second underlined."""
-    import pandas
-
+    """Two booktabs tables for each budget, scores and below them costs, in one float (packages: booktabs, graphicx), best in bold, second
+    underlined. Both are made smaller where they are wider than the text, and never larger."""
     markup = _Markup(lambda text: "".join(_LATEX.get(letter, letter) for letter in text), r"\textbf{{}}", r"\underline{{}}")
     parts = []
     for budget in board.sections():
         rows = board.under(budget)
-        columns = _paper_columns(board, rows, markup)
-        frame = pandas.DataFrame(dict(columns))
-        alignment = "".join("l" if header in ("method", "data access", "trained for") else "r" for header, _ in columns)
-        groups = texts.groups(rows)
-        body = _with_midrules(frame.style.hide(axis="index").to_latex(hrules=True, column_format=alignment), groups)
+        columns, groups = _paper_columns(board, rows, markup), texts.groups(rows)
+        first = 3 + len(board.columns)  # rank, method and evaluations go before the scores
+        scores, costs = _tabular(columns[:first], groups), _tabular([*columns[1:3], *columns[first:]], groups)
         title, about = texts.heading(board, rows, budget)
         caption = markup.escape(" ".join([title + ".", about, verdict(board, rows)]))
-        fitted = "\\resizebox{\\linewidth}{!}{%\n" + body + "}"
-        parts.append("\\begin{table}\n\\centering\n\\caption{" + caption + "}\n" + fitted + "\n\\end{table}\n")
+        body = "\n\n\\medskip\n".join([scores, costs])
+        parts.append("\\begin{table}\n\\centering\n\\caption{" + caption + "}\n" + body + "\n\\end{table}\n")
     return "\n".join(parts)
+
+
+def _tabular(columns: Sequence[tuple[str, list[str]]], groups: Sequence[int]) -> str:
+    import pandas
+
+    alignment = "".join("l" if header in ("method", "data access", "trained for") else "r" for header, _ in columns)
+    style = pandas.DataFrame(dict(columns)).style.hide(axis="index")
+    width = r"\ifdim\width>\linewidth\linewidth\else\width\fi"
+    return f"\\resizebox{{{width}}}{{!}}{{%\n{_with_midrules(style.to_latex(hrules=True, column_format=alignment), groups)}}}"
 
 
 def _with_midrules(body: str, groups: Sequence[int]) -> str:

@@ -85,7 +85,7 @@ def _score_tables(console: Console, board: Board, rows: Sequence[Row]) -> list[T
         return _Column(header + texts.direction_text(board, name), text)
 
     fixed = [_Column("method", lambda i, row: _name(row), left=True), _Column("eval", lambda i, row: Text(texts.evaluations_text(row)))]
-    ranked = [_Column("#", lambda i, row: Text(texts.DASH if row.rank is None else str(row.rank))), *fixed]
+    ranked = [_Column("#", lambda i, row: Text(texts.rank_text(row))), *fixed]
     waiting = [score(name) for name in sorted(board.columns, key=lambda name: name != main)]
     tables: list[Table] = []
     while waiting:

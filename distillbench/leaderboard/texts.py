@@ -8,7 +8,7 @@ from typing import Any
 
 from ..records import LatencyRecord
 from ..tracks.facts import TrackFacts
-from .board import NOT_RUN, Board, Row
+from .board import NOT_RUN, SELF_REPORTED, Board, Row
 
 DASH = "–"  # does not apply: references have no rank, no budget and no training
 
@@ -45,7 +45,7 @@ def marks(board: Board, rows: Sequence[Row]) -> dict[tuple[int, str], str]:
             if board.higher_is_better(name) is None:
                 continue
             sign = 1.0 if board.higher_is_better(name) else -1.0
-            group = [(i, row.value(name)) for i, row in enumerate(rows) if row.kind == "run" and row.evaluations == evaluations]
+            group = [(i, row.value(name)) for i, row in enumerate(rows) if row.competes and row.evaluations == evaluations]
             ranked = [(sign * value, i) for i, value in group if value is not None]
             levels = sorted({value for value, _ in ranked}, reverse=True)[:2]
             if len(levels) == 2:
@@ -57,6 +57,11 @@ def groups(rows: Sequence[Row]) -> list[int]:
     """The evaluations of each row where a method stands, and 0 for the references at the end that no method meets."""
     met = {row.evaluations or row.steps for row in rows if row.kind == "run"}
     return [0 if row.is_truth or (row.evaluations or row.steps) not in met else (row.evaluations or row.steps) for row in rows]
+
+
+def rank_text(row: Row) -> str:
+    """`2`, or `1=` where rows share it because no paired interval parts them."""
+    return DASH if row.rank is None else f"{row.rank}{'=' if row.tied else ''}"
 
 
 def count_text(number: float) -> str:
@@ -102,6 +107,8 @@ def reasons(rows: Sequence[Row]) -> list[str]:
 
 
 def spent_text(row: Row, name: str) -> str:
+    """What a run spent of `name`; "seconds" are the processor's where a record on a processor has them."""
+    name = "shown_seconds" if name == "seconds" else name
     if row.kind != "run":
         return DASH
     return count_text(row.spent[name]) if name in row.spent else _unknown(row)
@@ -187,6 +194,10 @@ def glossary(board: Board) -> str:
         "tied: the paired interval contains 0",
         "truth: what a perfect student gets",
     ]
+    if any("processor_seconds" in row.spent for row in board.rows):
+        words.append("seconds: processor seconds of a run on the processor, the clock's of one elsewhere or of a record without them")
+    if any(row.self_reported for row in board.rows):
+        words.append(f"{SELF_REPORTED}: sent in by its author and not rerun by anyone else yet, so neither ranked nor concluded about")
     if any(row.trainings > 1 for row in board.rows):
         words.append("k x budget: a student was trained for each step count")
     if any(record.flagged for row in board.rows for record in row.latency.values()):

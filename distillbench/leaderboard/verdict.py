@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..statistics import Interval, mean_interval, paired_difference
-from .board import Board, Row
-
-
-def _advantage(board: Board, a: Row, b: Row) -> Interval | None:
-    """By how much a is better than b on the main score (positive: better), over their shared seeds."""
-    name = board.facts.main
-    sign = -1.0 if board.higher_is_better(name) is False else 1.0
-    ours = {seed: sign * value for seed, value in a.cells[name].by_seed.items()}
-    return paired_difference(ours, {seed: sign * value for seed, value in b.cells[name].by_seed.items()})
+from ..statistics import mean_interval
+from .board import Board, Row, advantage
 
 
 def _names(rows: Sequence[Row], most: int = 4) -> str:
@@ -30,7 +22,7 @@ def _at(evaluations: int) -> str:
 def _among_methods(board: Board, rows: Sequence[Row]) -> str:
     """ "dmd2 beats cd", "cd and dmd2 are tied ahead of x", or that seeds are missing."""
     leader, others = rows[0], rows[1:]
-    pairs = [(row, _advantage(board, leader, row)) for row in others]
+    pairs = [(row, advantage(board.higher_is_better(board.facts.main), board.facts.main, leader, row)) for row in others]
     beaten = [row for row, pair in pairs if pair is not None and pair.n >= 2 and pair.sign > 0]
     tied = [row for row, pair in pairs if pair is not None and pair.n >= 2 and pair.sign == 0]
     ahead = [row for row, pair in pairs if pair is not None and pair.n >= 2 and pair.sign < 0]
@@ -86,7 +78,7 @@ def _list(numbers: Sequence[int]) -> str:
 def verdict(board: Board, rows: Sequence[Row]) -> str:
     """One sentence for the rows of one budget. With a single seed nothing is decided, and it says so."""
     name = board.facts.main
-    scored = [row for row in rows if row.kind == "run" and row.value(name) is not None]
+    scored = [row for row in rows if row.competes and row.value(name) is not None]
     if not scored:
         return f"Nothing can be concluded: no method has a {name} under this budget."
     groups: dict[int, list[Row]] = {}

@@ -64,6 +64,7 @@ class Loop:
         """Run to the end of the budget, resuming from the folder's checkpoint if there is one."""
         self._resume()
         self._started = time.perf_counter() - self.spent.seconds
+        self._processor_started = time.process_time() - self.spent.processor_seconds
         self._saved_at = time.perf_counter()
         try:
             with Guard(self.turn_limit) as guard:
@@ -112,6 +113,7 @@ class Loop:
 
     def _tick(self, now: float | None = None) -> None:
         self.spent.seconds = (now or time.perf_counter()) - self._started
+        self.spent.processor_seconds = time.process_time() - self._processor_started
         self.spent.passes = self.spent.macs / self.unit
 
     def _used(self) -> float:
@@ -267,7 +269,8 @@ class Loop:
             self.warn(f"{error}; set aside as {kept.name}, starting afresh")
             return
         self.position = Position(**meta["position"])
-        self.spent = Spent(**self.position.spent)
+        used = self.position.spent
+        self.spent = Spent(**{"processor_seconds": used["seconds"], **used})  # a checkpoint of before they were counted: the clock's
         moved = {f"{turn.name}/{name}": (turn.updates[name], turn.optimizer[name])
                  for stage in self.stages for turn in stage.turns for name in turn.updates}  # fmt: skip
         for key in meta["optimizers"]:

@@ -16,11 +16,13 @@ class Interrupted(DistillbenchError):
 
 @dataclass
 class Spent:
-    """What a training has used so far. `passes` are teacher passes."""
+    """What a training has used so far, over all its resumes. `passes` are teacher passes, `seconds` by the clock on the wall,
+    `processor_seconds` those of this process on all its threads: a busy machine stretches the first and not the second."""
 
     macs: int = 0
     passes: float = 0.0
     seconds: float = 0.0
+    processor_seconds: float = 0.0
     updates: int = 0
     cycles: int = 0
     images: int = 0

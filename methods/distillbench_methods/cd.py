@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distillbench.api import Batch, Claim, Context, ContractError, Ema, Method, MethodInfo, OptimizerConfig, Stage, Turn, knob
+from distillbench.api import Batch, Claim, Context, ContractError, Ema, Method, MethodInfo, OptimizerConfig, Search, Stage, Turn, knob
 from distillbench.diffusion.solvers import jump
 from distillbench.errors import UsageError
 from distillbench.parts.consistency import (
@@ -74,6 +74,11 @@ class ConsistencyDistillation(Method):
                 "sliced-w2",
             ),
             Claim("a very coarse grid is biased", "cd", "cd(points=8)", "sliced-w2"),
+        ),
+        tunes=(
+            Search("lr", 2e-4, 1e-2, log=True),
+            Search("points", 8, 64, log=True),
+            Search("spacing", choices=("uniform", "log_snr", "karras")),
         ),
     )
     student_type = ConsistencyStudent

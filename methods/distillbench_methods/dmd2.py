@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from distillbench.api import Batch, Claim, Conditions, Context, ContractError, Ema, Method, MethodInfo, OptimizerConfig, Stage, Turn, knob
+from distillbench.api import Batch, Claim, Conditions, Context, ContractError, Ema, Method, MethodInfo, OptimizerConfig, Search, Stage, Turn, knob
 from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.solvers import jump
 from distillbench.parts import critics
@@ -33,7 +33,7 @@ T_MIN = 1e-3  # the lowest of the 1000 noise levels of the paper
 class DMD2(Method):
     info = MethodInfo(
         id="dmd2",
-        version=1,
+        version=2,
         title="Improved Distribution Matching Distillation (DMD2)",
         paper="arXiv 2405.14867",
         year=2024,
@@ -49,6 +49,7 @@ class DMD2(Method):
             "the normaliser mean |x - teacher| is held above 0.001, which matters for vectors only; the paper replaces NaN by 0",
             "the head sits on the middle tap, an MLP on vectors; on maps the paper's convolutions with at most 8 groups instead of 32",
             "rates: default 1e-4 for small networks (paper 5e-7 to 1e-5 for networks of 0.3 to 2.6 billion weights)",
+            "the rates fall to 0 by a cosine: a budget ends, where the paper's long runs hold them (decay=constant)",
             "warm-up is 0.25 % of the training (paper: 500 of 200,000 updates)",
             "the one-step SDXL warm-up by regression on teacher samples is left out",
         ),
@@ -63,6 +64,11 @@ class DMD2(Method):
             Claim("backward simulation beats noised real data as input", "dmd2", "dmd2(sim=forward)", "sliced-w2", steps=4),
             Claim("distribution matching with the GAN beats the GAN alone", "dmd2", "dmd2(lambda_dm=0)", "sliced-w2"),
             Claim("one step of the student beats one step of the teacher", "dmd2", "teacher", "in-mode", margin=0.1),
+        ),
+        tunes=(
+            Search("lr", 2e-4, 4e-3, log=True),
+            Search("lambda_gan", 3e-3, 3.0, log=True),
+            Search("batch_size", choices=(128, 256)),
         ),
     )
     student_type = FewStepStudent
@@ -90,8 +96,8 @@ class DMD2(Method):
             1.0, "above 1 moves evenly spaced times towards noise (flow image teachers: 3), below 1 towards data", low=0.1, high=20
         )
         lr: float = knob(1e-4, "of the generator", low=0)
-        fake_lr: float = knob(1e-4, "of the fake score and the head", low=0)
-        decay: str = knob("constant", "of both rates, to 0 at the end", choices=("constant", "linear", "cosine"))
+        fake_lr: float | None = knob(None, "of the fake score and the head; None: lr", low=0)
+        decay: str = knob("cosine", "of both rates, to 0 at the end (paper: constant, on long runs)", choices=("constant", "linear", "cosine"))
         decay_from: float = knob(0.0, "share of the training after which the decay begins", low=0, high=1)
         warmup: float = knob(0.0025, "share of the training over which both rates rise from 0", low=0, high=1)
         betas: tuple[float, ...] = knob((0.9, 0.999), "of AdamW", low=0, high=1)
@@ -150,7 +156,7 @@ class DMD2(Method):
         )  # fmt: skip
         guidance = Turn(
             "guidance", partial(self.guidance_loss, gan), {"guide": self.guide}, repeat=c.fake_per_gen,
-            optimizer={"guide": moved(rate * c.fake_lr)}, batch_size=c.batch_size,
+            optimizer={"guide": moved(rate * (c.lr if c.fake_lr is None else c.fake_lr))}, batch_size=c.batch_size,
         )  # fmt: skip
         return Stage(name, share, [generator, guidance], reset=reset, ema={"average": Ema("student", c.half_life, rampup=0.05)})
 

@@ -9,19 +9,17 @@ import subprocess
 import sys
 
 import pytest
-from rich.console import Console
 
 import distillbench as package
 import method_files
 from distillbench.cli import cli
-from distillbench.display import Display
 from distillbench.records import RunRecord
 from distillbench.store import Store
 
 COMMANDS = {
     "list": {"what", "--json"},
-    "run": {"method", "track", "--budget", "--seed", "--steps", "--set", "--store", "--resume"},
-    "bench": {"track", "--methods", "--budget", "--seeds", "--jobs", "--store", "--plan"},
+    "run": {"method", "track", "--budget", "--seed", "--steps", "--set", "--store", "--resume", "--log"},
+    "bench": {"track", "--methods", "--budget", "--seeds", "--jobs", "--store", "--plan", "--log"},
     "board": {"track", "--store", "--published", "--format"},
     "show": {"run_id", "--store"},
     "zoo": set(),
@@ -190,20 +188,6 @@ def test_version_and_no_arguments(distillbench):
     status, out, err = distillbench()
     assert status == 2
     assert "Commands:" in err + out
-
-
-def test_progress_lives_in_a_terminal_and_is_lines_in_a_log(capsys):
-    terminal = io.StringIO()
-    with Display(["one 3steps", "two"], console=Console(file=terminal, force_terminal=True, width=100)) as display:
-        display.update(0, 0.5, "regression, [/bold] 3 passes")
-        display.update(0, 1.0, "failed: KeyError: [/x] (a.py:3)")
-        display.update(1, 1.0, "ok")
-        assert display.fraction == 1.0
-    assert "failed: KeyError: [/x] (a.py:3)" in terminal.getvalue()
-    with Display(["one", "two"], console=Console(file=io.StringIO())) as display:
-        display.update(0, 0.5, "too early to tell")
-        display.update(0, 1.0, "ok")
-    assert capsys.readouterr().err == "[ 50 %, 0:00 left] one: ok\n"
 
 
 def test_a_reason_with_brackets_is_printed_as_it_is(distillbench, few_samples, tmp_path):

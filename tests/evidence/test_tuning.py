@@ -39,7 +39,7 @@ def small(monkeypatch):
     monkeypatch.setitem(VALIDATION, name, dataclasses.replace(VALIDATION[name], budgets={"S/4": BUDGET}))
     done = []
 
-    def here(jobs, store, workers, console):
+    def here(jobs, store, workers, console, log):
         done.extend(record for record in (execute(job, store) for job in jobs))
         return done
 

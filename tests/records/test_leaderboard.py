@@ -52,10 +52,26 @@ def test_a_distance_is_ordered_the_other_way(board_records: Any) -> None:
     assert len(values) == 3
 
 
-def test_equal_means_share_a_rank(run: Any, scored: Any) -> None:
+def test_with_one_seed_all_share_the_first_rank(run: Any, scored: Any) -> None:
     values = {"cd": 0.7, "dmd2": 0.8, "ctm": 0.8, "tract": 0.6}
     board = of([run(name, scores=in_mode(scored, value)) for name, value in values.items()])
-    assert {row.label: row.rank for row in board.rows} == {"dmd2": 1, "ctm": 1, "cd": 3, "tract": 4}
+    assert {row.label: row.rank for row in board.rows} == dict.fromkeys(values, 1)
+    assert [row.label for row in board.rows] == ["ctm", "dmd2", "cd", "tract"], "the order is that of the means all the same"
+    for form in ("terminal", "markdown", "latex"):
+        assert render(board, form).count("1=") == 4
+
+
+def test_a_rank_counts_the_methods_that_beat_it(run: Any, scored: Any) -> None:
+    noise = [0.01, -0.01, 0.005, -0.005]
+    values = {
+        "dmd2": [0.9 + e for e in noise],
+        "cd": [0.9 - e for e in noise],
+        "tract": [0.5 + e for e in noise],
+        "ctm": [0.4, 0.6, 0.2, 0.7],
+    }
+    board = of([run(name, seed=seed, scores=in_mode(scored, v)) for name, vs in values.items() for seed, v in enumerate(vs)])
+    ranks = {row.label: (row.rank, row.tied) for row in board.rows}
+    assert ranks == {"dmd2": (1, True), "cd": (1, True), "tract": (3, True), "ctm": (3, True)}
 
 
 def test_seeds_are_averaged_with_their_t_interval(run: Any, scored: Any) -> None:
@@ -278,3 +294,22 @@ def test_unknown_formats_and_tracks_name_the_near_ones(board: Board) -> None:
         facts_of("mixture")
     with pytest.raises(UsageError, match="digits@1"):
         facts_of("digits@2")
+
+
+def test_seconds_are_the_processors_where_a_record_has_them(run):
+    def board(*records):
+        return Board.from_records(records, [], FACTS["mixture2d"])
+
+    busy = {"passes": 1.0, "seconds": 70.0, "processor_seconds": 20.0}
+    both = board(run(spent=busy), run(seed=1, spent=busy | {"processor_seconds": 22.0}))
+    told = "seconds: processor seconds"
+    row = json.loads(render(both, "json"))[0]
+    assert (row["seconds"], row["processor_seconds"]) == (70.0, 21.0)
+    assert next(csv.DictReader(io.StringIO(render(both, "csv"))))["seconds"] == "21.0"
+    assert "| 21 |" in render(both, "markdown")
+    assert told in render(both, "markdown")
+    old = board(run(spent={"passes": 1.0, "seconds": 70.0}))
+    assert "| 70 |" in render(old, "markdown")
+    assert told not in render(old, "markdown")
+    elsewhere = board(run(spent=busy, device_class="cuda"))
+    assert "| 70 |" in render(elsewhere, "markdown")

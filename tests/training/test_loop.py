@@ -321,3 +321,36 @@ def test_budgets_are_read(text, amount, unit):
 def test_bad_budgets_are_refused(text):
     with pytest.raises(UsageError):
         parse_budget(text, {"S": 4e6})
+
+
+def test_processor_seconds_add_up_over_resumes(tmp_path, monkeypatch):
+    """By a clock that advances with each reading of it: a resumed run goes on from what its checkpoint says, an old one from the wall's."""
+    readings = iter(range(100, 10**6))
+    monkeypatch.setattr(time, "process_time", lambda: float(next(readings)))
+
+    def halt(progress):
+        if progress.spent.cycles == 7:
+            raise ZeroDivisionError
+
+    broken = toy_loop(folder=tmp_path, checkpoint_seconds=0.0, report=halt)
+    with pytest.raises(ZeroDivisionError):
+        broken.train()
+    kept = checkpoint.read(tmp_path / "checkpoint.safetensors", "run")[1]["position"]["spent"]
+    assert 0 < kept["processor_seconds"] < broken.spent.processor_seconds
+    resumed = toy_loop(folder=tmp_path, checkpoint_seconds=0.0)
+    resumed._resume()
+    assert resumed.spent.processor_seconds == kept["processor_seconds"]
+    before = next(readings)
+    total = resumed.train().processor_seconds
+    assert total == kept["processor_seconds"] + next(readings) - before - 2
+
+
+def test_a_checkpoint_without_processor_seconds_goes_on_from_the_clocks(tmp_path):
+    toy_loop(folder=tmp_path).train()
+    path = tmp_path / "checkpoint.safetensors"
+    tensors, meta = checkpoint.read(path, "run")
+    del meta["position"]["spent"]["processor_seconds"]
+    checkpoint.write(path, tensors, meta)
+    resumed = toy_loop(folder=tmp_path)
+    resumed._resume()
+    assert resumed.spent.processor_seconds == resumed.spent.seconds > 0

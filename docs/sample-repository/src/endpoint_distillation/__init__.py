@@ -1,0 +1,1 @@
+"""One method for distillbench, found through an entry point."""
