@@ -64,6 +64,7 @@ claims: $(VENV)/core  ## run what the methods' claims stand on, and say which ho
 publish: $(VENV)/core  ## put the records of $(STORE) into leaderboards/ with rendered tables
 	@$(BIN)/python -m distillbench.publish mixture2d --store $(STORE)
 	@$(BIN)/python -m distillbench.publish digits --store $(STORE)
+	@PYTHONPATH=tests $(BIN)/python tests/docs/test_concepts.py
 
 speed: $(VENV)/dev  ## how fast the harness and the metrics are, into the README (the packages compared with: pip install .[published])
 	@$(BIN)/python benchmarks/harness_speed.py | tee benchmarks/results.txt

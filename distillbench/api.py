@@ -199,7 +199,7 @@ class Student(ABC):
     def load(cls, folder: Path) -> Student: ...
 
     def networks(self, steps: int) -> list[nn.Module]:
-        """The modules that a sample of `steps` steps passes through: all it holds, unless a class that holds one for each count says less."""
+        """The modules that a sample of `steps` steps passes through: all, unless a class with one for each count says less."""
         return [value for value in vars(self).values() if isinstance(value, nn.Module)]
 
 

@@ -12,7 +12,7 @@ import click
 
 from . import __version__
 from .cli_options import JOBS, LOG, STORE
-from .commands import evidence, new
+from .commands import evidence, new, report, submission
 from .errors import DistillbenchError, UsageError, unknown
 
 
@@ -219,7 +219,7 @@ def demo(out: str) -> None:
         click.echo(f"\nThe picture is {out}. Next: distillbench bench mixture2d")
 
 
-for command in (evidence.claims, evidence.gate, evidence.tune, new.new):
+for command in (evidence.claims, evidence.gate, evidence.tune, new.new, report.report, submission.submit, submission.verify):
     cli.add_command(command)
 
 

@@ -128,6 +128,7 @@ def gate(target: str, against: str | None = None, *, track: str = "mixture2d", b
     for name, settings in ((target, inherited(ours, theirs, facts)), (against, {})):
         sides.append([Job(name, facts.name, budget, seed, part, settings) for seed in range(seeds) for part in split(name, steps)])
     jobs = [job for side in sides for job in side]
+    _refuse_old_code(ours, sides[0], store)
     with told(store, jobs, log):
         run_plan(jobs, store, workers, Console(stderr=True), log)
     missing = {resolve(job).record.id for job in still_missing(jobs, store)}
@@ -142,6 +143,18 @@ def gate(target: str, against: str | None = None, *, track: str = "mixture2d", b
     higher = next(score["higher_is_better"] for record in records[0] for score in _all(record) if score["name"] == facts.main)
     comparisons = compare(*scores, higher_is_better=higher, margin=limit)
     return Gate(conclude(comparisons), _paragraph(names, facts, budget, seeds, comparisons, limit), comparisons)
+
+
+def _refuse_old_code(target: Found, jobs: Sequence[Job], store: Store) -> None:
+    """An installed method's runs are known by its version, so that of a file edited since the store would answer with the old code."""
+    now = target.source_sha256
+    for job in jobs if target.module else ():
+        record = store.get(resolve(job).record.id)
+        if record is not None and record.ok and record.provenance.get(target.path.name, now) != now:
+            raise UsageError(
+                f"{target.path.name} was edited since {store.folder} got its runs of {target.info.id} {target.info.version}: "
+                "raise the version in its info, name the file instead of the id, or take another --store"
+            )
 
 
 def inherited(target: Found, baseline: Found, facts: TrackFacts) -> dict[str, str]:

@@ -80,7 +80,7 @@ def verdict(board: Board, rows: Sequence[Row]) -> str:
     name = board.facts.main
     scored = [row for row in rows if row.competes and row.value(name) is not None]
     if not scored:
-        return f"Nothing can be concluded: no method has a {name} under this budget."
+        return f"Nothing can be concluded: no method was scored on {name} under this budget."
     groups: dict[int, list[Row]] = {}
     for row in scored:
         groups.setdefault(row.evaluations or row.steps, []).append(row)

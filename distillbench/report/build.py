@@ -18,7 +18,7 @@ from ..published import published_evidence, published_folder
 from ..records import RunRecord
 from ..store import Store
 from ..tracks.facts import FACTS, TrackFacts
-from . import captions, curves, figures, look, pages, runs, samples, tables
+from . import captions, curves, figures, look, pages, robust, runs, samples, tables
 
 if TYPE_CHECKING:  # claims.py loads tracks, and with them torch
     from ..claims import Decision
@@ -118,6 +118,7 @@ def _write_track(track: TrackData, out: Path, looks: figures.Looks, say: Say) ->
     return {
         "name": facts.name, "id": facts.id, "about": captions.about(board), "tables": boards, "variants": variants, "figures": drawn,
         "glossary": glossary, "main": facts.main, "arrow": "↓" if board.higher_is_better(facts.main) is False else "↑",
+        "robust": robust.summaries(board, track.records), "robust_about": robust.ABOUT,
     }  # fmt: skip
 
 

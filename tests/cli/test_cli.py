@@ -26,6 +26,13 @@ COMMANDS = {
     "check": {"target"},
     "doctor": set(),
     "demo": {"--out"},
+    "claims": {"method", "--track", "--seeds", "--published", "--jobs", "--log", "--store"},
+    "gate": {"target", "--against", "--track", "--budget", "--seeds", "--margin", "--jobs", "--log", "--store"},
+    "tune": {"method", "track", "--out", "--jobs", "--log", "--store"},
+    "new": {"path", "--id"},
+    "report": {"--store", "--published", "--out"},
+    "submit": {"method", "--track", "--budget", "--source", "--store", "--out"},
+    "verify": {"file", "--method", "--seed", "--store"},
 }
 
 

@@ -112,7 +112,7 @@ def test_the_label_stands_in_every_format_and_the_row_is_not_ranked(author, sent
     assert [(row.label, row.rank, row.self_reported, len(row.seeds)) for row in mine] == [("tiny (self-reported)", None, True, SEEDS)] * 2
     for form in FORMATS:
         assert "self-reported" in render(board, form), form
-    assert "no method has a in-mode under this budget" in render(board, "markdown")
+    assert "no method was scored on in-mode under this budget" in render(board, "markdown")
 
 
 def test_a_self_reported_row_takes_nothing_from_the_others(author, sent, tmp_path):

@@ -1,8 +1,7 @@
-"""InstaFlow on toys: which pairs each stage sees, its losses by hand, what moves, resume, and that reflow straightens a trained flow."""
+"""InstaFlow on toys: which pairs each stage sees, its losses by hand, what moves, and resume."""
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,13 @@ from distillbench.data.mixture import MixtureSource, standard_mixture
 from distillbench.diffusion import Denoiser, VPLinear, dpmpp_2m, euler, heun, time_grid
 from distillbench.diffusion.schedules import Flow
 from distillbench.discovery import find
-from distillbench.errors import UsageError
+from distillbench.errors import NotApplicable, UsageError
 from distillbench.networks.mlp import MLP, MLPConfig
-from distillbench.parts.rectified_flow import feature_distance, straightness, transport_cost
+from distillbench.parts.rectified_flow import feature_distance
 from distillbench.parts.student_by_steps import StudentBySteps
 from distillbench.randomness import generator_for
-from distillbench.tracks import get_track
 from distillbench.training import state
 from distillbench.training.loop import Loop
-from distillbench.training.short import short_run
 from distillbench_methods.instaflow import InstaFlow
 
 SOURCE = MixtureSource(standard_mixture())
@@ -263,10 +260,10 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path: 
 @pytest.mark.parametrize(
     "knobs",
     [
-        {"n_reflow": 0},
+        {"n_reflow": 0, "distill_loss": "l2-features"},
         {"n_reflow": 3, "decay": "cosine", "warmup": 0.1},
         {"distill": False, "time_sampling": "k-grid"},
-        {"time_sampling": "t0", "steps": (1,), "distill_loss": "l2"},
+        {"time_sampling": "t0", "steps": (1,), "distill_loss": "l2+features"},
         {"steps": (2, 4), "optimizer": "adamw", "weight_decay": 0.1},
         {"drop": 0.1, "reflow_guidance": 1.5, "solver": "heun", "half_life": 0},
         {"teacher": toy_teacher(VPLinear(), "eps"), "guidance": 2.0},
@@ -323,7 +320,7 @@ def test_without_distillation_all_steps_are_the_reflowed_networks_and_without_re
         ({"reflow_guidance": 1.5}, UsageError, "set drop"),
         ({"betas": "0.9"}, UsageError, "betas are two numbers"),
         ({"distill_loss": "lpips"}, UsageError, "unknown value of knob distill_loss"),
-        ({"tap": "hidden9"}, ContractError, "no tap 'hidden9'"),
+        ({"tap": "hidden9", "distill_loss": "features"}, ContractError, "no tap 'hidden9'"),
     ],
     ids=str,
 )
@@ -333,46 +330,8 @@ def test_wrong_knobs_are_refused_in_one_line(knobs: dict[str, Any], error: type[
     assert "\n" not in str(caught.value)
 
 
-# ---------------------------------------------------------------- what reflow is for
-
-
-@cache
-def reflowed() -> tuple[InstaFlow, dict[str, Tensor]]:
-    """A short reflow of the track's teacher, with points: noise, the teacher's ends, the 2-flow's ends, and data."""
-    track = get_track("mixture2d")
-    config = make_config(InstaFlow.Config, "instaflow", {"distill": False, "lr": 1e-3, "pair_share": 0.2, "decay": "cosine"})
-    method = short_run(InstaFlow, config, track, (1, 2, 4), budget=Budget("test", 250, "steps")).method
-    assert isinstance(method, InstaFlow)
-    data, conditions = SOURCE.draw(1024, generator_for(0, "data", 0))
-    other, _ = SOURCE.mixture.sample(1024, generator_for(1, "data", 0), conditions.field("label"))
-    noise = torch.randn(1024, 2, generator=generator_for(0, "noise", 0))
-    with torch.no_grad():
-        ends = {name: heun(d, noise, conditions, time_grid(Flow(), 40))
-                for name, d in (("first", method.teacher), ("second", method.flow_average))}  # fmt: skip
-    bends = {f"{name} bend": straightness(d, noise, conditions, steps=40)
-             for name, d in (("first", method.teacher), ("second", method.flow_average))}  # fmt: skip
-    return method, {"noise": noise, "data": data, "other": other.float(), "label": conditions.field("label"), **ends, **bends}
-
-
-def test_reflow_straightens_a_trained_flow() -> None:
-    _, points = reflowed()
-    assert points["second bend"] < 0.2 * points["first bend"]
-
-
-def test_reflow_lowers_the_transport_cost_and_keeps_the_marginal_of_each_class() -> None:
-    _, points = reflowed()
-    independent, first, second = (transport_cost(points["noise"], points[name]) for name in ("data", "first", "second"))
-    assert second < 1.02 * first < 0.7 * independent
-    far = class_distance(points, "noise")
-    assert class_distance(points, "second") < 0.03 * far
-    assert class_distance(points, "other") < 0.03 * far  # what the sizes of the samples allow
-
-
-def class_distance(points: dict[str, Tensor], name: str) -> float:
-    """The energy distance to the data within a class, 2 E|a - b| - E|a - a'| - E|b - b'|, averaged over the classes."""
-    distances = []
-    for label in range(SOURCE.mixture.classes):
-        a, b = (points[key][points["label"] == label] for key in (name, "data"))
-        within = sum(torch.cdist(y, y).sum() / (len(y) * (len(y) - 1)) for y in (a, b))
-        distances.append(abs(float(2 * torch.cdist(a, b).mean() - within)))
-    return sum(distances) / len(distances)
+def test_features_are_asked_of_networks_that_show_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MLP, "capabilities", frozenset())
+    made()
+    with pytest.raises(NotApplicable, match="hidden features"):
+        made(distill_loss="l2-features")

@@ -49,6 +49,8 @@ def test_its_networks_are_counted_once_and_every_call_is_seen() -> None:
     size = sum(p.numel() for p in network(1).parameters())
     assert sum(p.numel() for p in held.denoiser.parameters()) == 2 * size
     for steps in held.steps:
+        assert [sum(p.numel() for p in module.parameters()) for module in held.networks(steps)] == [size]
+    for steps in held.steps:
         with Watch(held) as watch:
             held.generate(labels(3), steps=steps, seeds=range(3))
         assert watch.rows == 3 * steps

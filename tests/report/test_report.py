@@ -156,7 +156,7 @@ def test_a_foreign_folder_is_left_alone_and_an_old_report_replaced(references: S
 
 def test_references_alone_make_a_report(references: Store, tmp_path: Path):
     page = Page(build(collect(references, published=False), tmp_path / "out"))
-    assert "Nothing can be concluded: no method has a in-mode under this budget." in page.text
+    assert "Nothing can be concluded: no method was scored on in-mode under this budget." in page.text
     assert not [link for link in page.links if link.startswith("figures")]
 
 
