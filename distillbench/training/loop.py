@@ -83,7 +83,7 @@ class Loop:
                 del self._optimizers[key]
             self.position.stage_start, self.position.begun = self._used(), True
         self._prepare(stage)
-        target = self.budget.amount * sum(s.share for s in self.stages[: self.position.stage + 1])
+        target = self.budget.amount * min(1.0, sum(s.share for s in self.stages[: self.position.stage + 1]))
         while self._used() < target and not (stage.done is not None and stage.done()):
             before = self.spent.macs
             for turn in stage.turns:

@@ -19,7 +19,21 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from distillbench.api import Batch, Claim, Conditions, Context, ContractError, Ema, Method, MethodInfo, OptimizerConfig, Search, Stage, Turn, knob
+from distillbench.api import (
+    Batch,
+    Claim,
+    Conditions,
+    Context,
+    ContractError,
+    Ema,
+    Method,
+    MethodInfo,
+    OptimizerConfig,
+    Search,
+    Stage,
+    Turn,
+    knob,
+)
 from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.solvers import jump
 from distillbench.parts import critics
@@ -97,7 +111,9 @@ class DMD2(Method):
         )
         lr: float = knob(1e-4, "of the generator", low=0)
         fake_lr: float | None = knob(None, "of the fake score and the head; None: lr", low=0)
-        decay: str = knob("cosine", "of both rates, to 0 at the end (paper: constant, on long runs)", choices=("constant", "linear", "cosine"))
+        decay: str = knob(
+            "cosine", "of both rates, to 0 at the end (paper: constant, on long runs)", choices=("constant", "linear", "cosine")
+        )
         decay_from: float = knob(0.0, "share of the training after which the decay begins", low=0, high=1)
         warmup: float = knob(0.0025, "share of the training over which both rates rise from 0", low=0, high=1)
         betas: tuple[float, ...] = knob((0.9, 0.999), "of AdamW", low=0, high=1)

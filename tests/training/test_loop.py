@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import signal
 import subprocess
@@ -306,6 +307,19 @@ def test_checkpoints_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         checkpoint.write(path, {"a": torch.zeros(2)}, {"run": "r"})
     tensors, _ = checkpoint.read(path, "r")
     assert torch.equal(tensors["a"], torch.ones(2))
+
+
+def test_shares_that_sum_to_a_little_more_than_one_do_not_buy_a_cycle():
+    shares = (0.07, 1 - 0.14 - 0.29, 0.07, 0.29)
+    assert sum(shares) > 1
+
+    class Shared(Toy):
+        def stages(self):
+            first = super().stages()[0]
+            return [dataclasses.replace(first, name=f"part {k}", share=share) for k, share in enumerate(shares)]
+
+    loop = toy_loop(Shared, budget=Budget("twenty", 20, "steps"))
+    assert loop.train().cycles == 20
 
 
 @pytest.mark.parametrize(
