@@ -10,7 +10,8 @@ def table() -> str:
     lines = [
         "# Methods", "",
         "Written by `make methods-table` from the `info` of each method; do not edit.",
-        "Claims are the papers'; what of them holds here, the boards say.", "",
+        "Claims are the papers'; which of them hold here is decided in [mixture2d](../leaderboards/mixture2d/claims.md), "
+        "[digits](../leaderboards/digits/claims.md) and the report.", "",
         "| id | paper | year | family | needs | data | steps | trains |", "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     infos = [found.info for found in discover().values()]
@@ -23,7 +24,7 @@ def table() -> str:
     for info in infos:
         lines += ["", f"## {info.id}", "", "Deviations from the paper, and what it does not settle:", ""]
         lines += [f"- {text}" for text in info.deviations] or ["- none"]
-        lines += ["", "Claims:", ""]
+        lines += ["", "Tuned by the common protocol: " + ", ".join(f"`{search.knob}`" for search in info.tunes) + ".", "", "Claims:", ""]
         lines += [f"- {c.text} (`{c.better}` over `{c.worse}` on {c.metric}, {c.track}, {c.steps} steps)" for c in info.claims] or [
             "- none"
         ]

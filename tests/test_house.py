@@ -22,8 +22,9 @@ LAYERS = (
     {"tracks", "training"},
     {"store", "jobs", "published"},
     {"claims", "leaderboard"},
-    {"runner", "latency", "pool", "bench", "execution", "display", "remaining", "logs", "closing", "pictures", "listing", "report", "publish", "doctor",
-     "conformance", "methods_table", "gate", "tuning", "testing", "scaffold", "submission", "packing", "agreement", "verification"},
+    {"runner", "latency", "pool", "bench", "execution", "display", "remaining", "logs", "closing", "pictures", "listing", "report",
+     "publish", "doctor", "conformance", "methods_table", "gate", "tuning", "testing", "scaffold", "submission", "packing",
+     "agreement", "verification"},
     {"cli_options", "commands", "cli"},
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
