@@ -194,8 +194,13 @@ def _scores(records: Sequence[RunRecord], name: str) -> dict[int, dict[int, floa
 
 
 def _names(target: Found, baseline: Found) -> tuple[str, str]:
-    ours, theirs = target.info.id, baseline.info.id
-    return (ours, theirs) if ours != theirs else (f"{ours} ({target.path.name})", f"{theirs} (installed)")
+    """What the two are called: their ids, and where these are the same, where each comes from."""
+    if target.info.id != baseline.info.id:
+        return target.info.id, baseline.info.id
+    first, second = ("installed" if found.module else found.path.name for found in (target, baseline))
+    if first == second:
+        first, second = (f"{found.path.parent.name}/{found.path.name}" for found in (target, baseline))
+    return f"{target.info.id} ({first})", f"{baseline.info.id} ({second})"
 
 
 def _paragraph(names: tuple[str, str], facts: TrackFacts, budget: str, seeds: int, comparisons: Sequence[AtSteps],
