@@ -19,7 +19,7 @@ from .remaining import Kind
 from .store import VARIABLE, Store
 from .tracks.facts import facts_of
 
-SHORT_LIST = {"digits": ("cd", "dmd2")}  # what `bench digits` runs when no methods are named; other tracks run every method
+SHORT_LIST = {"digits": ("cd", "dmd2")}  # what `bench digits` runs when none are named: minutes; other tracks run every method
 
 
 def default_methods(track: str) -> list[str]:

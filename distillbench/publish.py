@@ -15,11 +15,13 @@ import click
 
 from .claims import Decision, decided, jobs_of
 from .discovery import discover
-from .jobs import resolve
+from .jobs import Job, resolve
 from .leaderboard import Board, render, verdict
 from .leaderboard.texts import count_text, latency_text, places_by_column, ratio_text, score_text, spent_text, trained_for_text
 from .listing import board_of
 from .pictures import draw, panels
+from .records import RunRecord
+from .report import curves, figures, look
 from .store import Store
 from .tracks.facts import TrackFacts, facts_of
 
@@ -39,8 +41,7 @@ def main(track: str, source: str | None, out: str, readme: str) -> None:
     target = Store(Path(out) / facts.name)
     kept = set()
     for record in held.records(facts.id):
-        named = record.kind == "reference" or (record.budget is not None and record.budget["name"] in NAMED)
-        if record.ok and named and not record.overrides and record.source_sha256 is None:
+        if record.ok and (record.kind == "reference" or _is_current(record)):
             target.add(record)
             kept.add(record.id)
             if record.seed == 0:
@@ -53,12 +54,29 @@ def main(track: str, source: str | None, out: str, readme: str) -> None:
     for ending, form in (("md", "markdown"), ("tex", "latex"), ("csv", "csv")):
         (folder / f"table.{ending}").write_text(render(board, form))
     draw(panels(board, target), folder / "samples.png", f"{facts.id}: samples of each method, one colour a class")
+    _draw_passes(board, folder / "passes.png")
     ablations = _publish_claims(facts, held, target)
     page = Path(readme)
     page.write_text(with_block(page.read_text(), f"board {facts.name}", brief(board)))
     for lock in folder.rglob(".lock"):
         lock.unlink()
     click.echo(f"{len(kept)} records and {ablations} ablations in {folder}")
+
+
+def _is_current(record: RunRecord) -> bool:
+    """A run under a named budget that a bench would make today: this version of a built-in method, with this recipe."""
+    if record.budget is None or record.budget["name"] not in NAMED or record.source_sha256 is not None:
+        return False
+    job = Job(record.method, record.track, record.budget["name"], record.seed, tuple(record.steps), threads=record.threads)
+    return record.method in discover() and resolve(job).record.id == record.id
+
+
+def _draw_passes(board: Board, path: Path) -> None:
+    """The headline curve, quality against passes, as a picture for pages without a browser's pictures."""
+    table = [line for line in curves.panels(board) if any(panel.lines for panel in line)]
+    looks = look.styles(sorted({row.label for row in board.rows if row.competes}))
+    with look.drawing():
+        figures.quality_against_passes(table, looks, curves.most_evaluations(board)).savefig(path, dpi=200, facecolor=look.PAGE)
 
 
 def _publish_claims(facts: TrackFacts, held: Store, target: Store) -> int:
@@ -128,6 +146,10 @@ def brief(board: Board) -> str:
         verdict(board, board.under(budget)),
         "",
         "k x S: a student was trained for each step count; ~: latency too noisy to quote.",
+        "",
+        "Quality against training budget, one panel for each number of evaluations; bands are 95 % intervals over seeds:",
+        "",
+        f"![quality against passes](leaderboards/{facts.name}/passes.png)",
         "",
         f"![samples](leaderboards/{facts.name}/samples.png)",
     ]

@@ -189,6 +189,7 @@ def glossary(board: Board) -> str:
     """The columns of all formats in one line."""
     words = [
         board.facts.glossary,
+        "#: one more than the methods that beat the row (=: shared)",
         "eval: network evaluations per sample",
         "±: 95 % interval over training seeds (*: one seed, so over samples only)",
         "tied: the paired interval contains 0",
