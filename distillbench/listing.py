@@ -199,20 +199,17 @@ def print_decisions(decisions: list[Decision]) -> None:
     """The claims, a block each: they are sentences, and a table of them would not fit."""
     out = console()
     for decision in decisions:
-        claim = decision.claim
-        steps = f"{claim.steps} step{'s' if claim.steps > 1 else ''}"
+        claim, effect = decision.claim, decision.effect
         out.print(f"[bold]{decision.verdict}[/]  {decision.method} {decision.number}: {escape(claim.text)}")
-        against = f"    {claim.better} over {claim.worse}, {claim.metric} on {decision.track} at {steps}"
-        if decision.effect is None:
-            out.print(escape(f"{against}: {decision.why}"))
+        plural = "s" if claim.steps > 1 else ""
+        out.print(escape(f"    {claim.better} over {claim.worse}, {claim.metric} on {decision.track} at {claim.steps} step{plural}"))
+        if effect is None:
+            out.print(escape(f"    {decision.why}"))
             continue
-        effect = decision.effect
         margin = f", margin {claim.margin:g}" if claim.margin else ""
         note = f" ({decision.why})" if decision.why else ""
-        out.print(escape(
-            f"{against}: by {effect.value:+.3g} [{effect.low:+.3g}, {effect.high:+.3g}]{margin}, n = {decision.n}, "
-            f"p = {decision.p:.2g}, {decision.p_adjusted:.2g} by Holm{note}"
-        ))  # fmt: skip
+        numbers = f"by {effect.value:+.3g} [{effect.low:+.3g}, {effect.high:+.3g}]{margin}, n = {decision.n}"
+        out.print(escape(f"    {numbers}, p = {decision.p:.2g}, {decision.p_adjusted:.2g} by Holm{note}"))
     counts = {
         verdict: sum(decision.verdict == verdict for decision in decisions) for verdict in dict.fromkeys(d.verdict for d in decisions)
     }
