@@ -12,9 +12,11 @@ from .bench import run_plan, still_missing
 from .budget import parse_budget
 from .closing import told
 from .config import as_text, load_recipe
-from .discovery import Found, find
+from .discovery import Found, discover, find
 from .errors import UsageError
 from .jobs import Job, resolve, split
+from .listing import board_of
+from .published import published_store
 from .records import RunRecord
 from .statistics import Interval, mean_interval, paired_difference
 from .store import Store
@@ -23,7 +25,6 @@ from .tracks.facts import TrackFacts, facts_of
 STEPS = (1, 2, 4)
 BETTER, NOT_WORSE, WORSE, UNDECIDED = "better", "not worse", "worse", "undecided"
 EXIT = {BETTER: 0, NOT_WORSE: 0, WORSE: 1, UNDECIDED: 3}
-BASELINE = "dmd2"  # of a gate that names none
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,12 @@ def gate(target: str, against: str | None = None, *, track: str = "mixture2d", b
          store: Store, workers: int = 2, log: str | None = None) -> Gate:  # fmt: skip
     """Train target and baseline on the same seeds, as far as the store lacks them, and compare the track's main score."""
     facts, limit = facts_of(track), Margin.parse(margin)
-    against = against or BASELINE
     if seeds < 2:
         raise UsageError(f"a gate compares seeds; {seeds} is too few, take --seeds 2 or more (5 is usual)")
     parse_budget(budget, facts.budgets)
-    ours, theirs = find(target), find(against)
+    ours = find(target)
+    against = against or default_baseline(ours, facts)
+    theirs = find(against)
     steps = tuple(n for n in STEPS if n in ours.info.steps and n in theirs.info.steps)
     if not steps:
         raise UsageError(f"{target} and {against} have no step count of {', '.join(map(str, STEPS))} in common, so nothing can be compared")
@@ -143,6 +145,17 @@ def gate(target: str, against: str | None = None, *, track: str = "mixture2d", b
     higher = next(score["higher_is_better"] for record in records[0] for score in _all(record) if score["name"] == facts.main)
     comparisons = compare(*scores, higher_is_better=higher, margin=limit)
     return Gate(conclude(comparisons), _paragraph(names, facts, budget, seeds, comparisons, limit), comparisons)
+
+
+def default_baseline(target: Found, facts: TrackFacts) -> str:
+    """For a file the installed method of the same id, whose changed copy it must be; else the best other method of the published board."""
+    if target.module is None and target.info.id in discover():
+        return target.info.id
+    board = board_of(facts.name, published_store(facts.name))
+    others = [row.method for row in board.rows if row.competes and row.method in discover() and row.method != target.info.id]
+    if not others:
+        raise UsageError(f"there is no published method on {facts.name} to compare with; name a baseline with --against")
+    return others[0]
 
 
 def _refuse_old_code(target: Found, jobs: Sequence[Job], store: Store) -> None:

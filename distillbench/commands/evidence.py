@@ -46,7 +46,12 @@ def claims(
 
 @click.command()
 @click.argument("target")
-@click.option("--against", default=None, metavar="METHOD", help="The baseline (default: dmd2).")
+@click.option(
+    "--against",
+    default=None,
+    metavar="METHOD",
+    help="The baseline (default: the installed method of the same id, else the best published one).",
+)
 @click.option("--track", default="mixture2d", show_default=True)
 @click.option("--budget", default="S", show_default=True, help="S, M, L, or 5e6passes, 60s, 2000steps.")
 @click.option("--seeds", default=5, show_default=True, type=click.IntRange(2), help="Training seeds that both share.")

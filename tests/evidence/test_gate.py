@@ -12,7 +12,9 @@ from distillbench import testing
 from distillbench.config import load_recipe
 from distillbench.discovery import find
 from distillbench.errors import UsageError
-from distillbench.gate import BETTER, EXIT, NOT_WORSE, UNDECIDED, WORSE, Margin, compare, conclude, gate, inherited
+from distillbench.gate import BETTER, EXIT, NOT_WORSE, UNDECIDED, WORSE, Margin, compare, conclude, default_baseline, gate, inherited
+from distillbench.listing import board_of
+from distillbench.published import published_store
 from distillbench.statistics import paired_difference
 from distillbench.store import Store
 from distillbench.tracks.facts import facts_of
@@ -139,6 +141,14 @@ def test_a_copy_is_held_at_the_baselines_knobs(tmp_path):
     (tmp_path / "recipes").mkdir()
     shutil.copyfile(recipe, tmp_path / "recipes" / "mixture2d.toml")
     assert inherited(copy, plain, facts) == {}, "a recipe of its own stands"
+
+
+def test_the_baseline_of_a_gate_that_names_none(tmp_path):
+    facts = facts_of("mixture2d")
+    assert default_baseline(find(copy_of_dmd2(tmp_path / "copy")), facts) == "dmd2", "a changed copy meets its original"
+    rows = [row for row in board_of("mixture2d", published_store("mixture2d")).rows if row.competes]
+    assert default_baseline(find(str(method_files.write(tmp_path / "tiny.py"))), facts) == rows[0].method
+    assert default_baseline(find(rows[0].method), facts) == next(row.method for row in rows if row.method != rows[0].method)
 
 
 # ---------------------------------------------------------------------- the command, and tests of other repositories
