@@ -11,7 +11,7 @@ from .budget import parse_budget
 from .discovery import discover, find
 from .display import Display
 from .errors import UsageError
-from .jobs import TEACHER, Job, plan, resolve
+from .jobs import STEPS, TEACHER, Job, plan, resolve
 from .logs import check_log, log_known
 from .pool import run_jobs
 from .records import RunRecord
@@ -27,7 +27,7 @@ def default_methods(track: str) -> list[str]:
     return [name for name in SHORT_LIST.get(facts_of(track).name, tuple(discover())) if name in discover()]
 
 
-def make_plan(track: str, methods: Sequence[str], *, budget: str, seeds: int, steps: Sequence[int] = (1, 2, 4),
+def make_plan(track: str, methods: Sequence[str], *, budget: str, seeds: int, steps: Sequence[int] = STEPS,
               settings: Mapping[str, str] | None = None) -> list[Job]:  # fmt: skip
     """Every job of the plan, done or not; names, knobs and budget are checked here."""
     from .tracks import get_track

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from .discovery import Found, discover, find
 from .errors import UsageError
 from .info import Claim
-from .jobs import TEACHER, Job, resolve
+from .jobs import STEPS, TEACHER, Job, resolve
 from .records import RunRecord
 from .statistics import Interval, holm, paired_comparison
 from .store import Store
@@ -22,7 +22,6 @@ from .tracks.facts import facts_of
 
 REPRODUCED, NOT_REPRODUCED, UNDECIDED, NOT_RUN = "reproduced", "not reproduced", "undecided", "not run"
 BUDGET, LEVEL = "S", 0.05
-STEPS = (1, 2, 4)  # what a bench trains for, so that a claim shares its runs
 
 _SIDE = re.compile(r"([\w.-]+)(?:\((.*)\))?")
 _SETTING = re.compile(r"(\w+)=(.*?)(?:,(?=\w+=)|$)")

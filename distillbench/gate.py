@@ -14,7 +14,7 @@ from .closing import told
 from .config import as_text, load_recipe
 from .discovery import Found, discover, find
 from .errors import UsageError
-from .jobs import Job, resolve, split
+from .jobs import STEPS, Job, resolve, split
 from .listing import board_of
 from .published import published_store
 from .records import RunRecord
@@ -22,7 +22,6 @@ from .statistics import Interval, mean_interval, paired_difference
 from .store import Store
 from .tracks.facts import TrackFacts, facts_of
 
-STEPS = (1, 2, 4)
 BETTER, NOT_WORSE, WORSE, UNDECIDED = "better", "not worse", "worse", "undecided"
 EXIT = {BETTER: 0, NOT_WORSE: 0, WORSE: 1, UNDECIDED: 3}
 

@@ -15,6 +15,7 @@ from .records import RunRecord, environment, now, run_id
 from .tracks.facts import TrackFacts, facts_of
 
 TEACHER, TRUTH = "teacher", "truth"
+STEPS = (1, 2, 4)  # trained for and scored unless told otherwise, so that plans share their runs
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Job:
     track: str
     budget: str = "S"
     seed: int = 0
-    steps: tuple[int, ...] = (1, 2, 4)
+    steps: tuple[int, ...] = STEPS
     settings: Mapping[str, str] = field(default_factory=dict)
     threads: int = 1
     device: str = "cpu"

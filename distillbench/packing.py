@@ -9,13 +9,12 @@ from typing import Any
 from .budget import parse_budget
 from .discovery import Found, find
 from .errors import BadFileError, UsageError
-from .jobs import Job, plan, resolve
+from .jobs import STEPS, Job, plan, resolve
 from .records import RunRecord, digest, now, plain
 from .store import Store, write_atomically
 from .submission import FORMAT, LEAST_SEEDS, file_name, parse
 from .tracks.facts import TrackFacts, facts_of
 
-STEPS = (1, 2, 4)  # scored by `bench`
 BUILT_IN = "distillbench_methods"  # the package whose methods are published from the harness's own runs
 IN_PULL_REQUEST = "in the pull request"
 

@@ -25,7 +25,7 @@ from .config import as_text
 from .discovery import Found, find
 from .errors import UsageError
 from .info import Search
-from .jobs import Job, resolve, split
+from .jobs import STEPS, Job, resolve, split
 from .records import RunRecord, now
 from .store import Store
 from .tracks.facts import VALIDATES, TrackFacts, facts_of
@@ -33,7 +33,6 @@ from .tracks.facts import VALIDATES, TrackFacts, facts_of
 TRIALS = 8
 SEED = 1000
 BUDGET = "S/4"
-STEPS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
