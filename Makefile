@@ -23,8 +23,9 @@ $(VENV)/core: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev: $(VENV)/core
-	@echo "Installing the test tools: pytest, hypothesis, ruff, mypy, build."
+	@echo "Installing the test tools (pytest, hypothesis, ruff, mypy, build) and the image packages (diffusers, transformers, open_clip, ...)."
 	@$(PIP) -e '.[dev]'
+	@$(PIP) --no-deps hpsv2x==1.2.0
 	@touch $@
 
 quickstart: $(VENV)/core  ## install, train every method on mixture2d and two on digits, print both leaderboards

@@ -21,38 +21,15 @@ from typing import Any
 
 import numpy as np
 
+from distillbench.torchvision_repair import repair_torchvision
+
 PACKAGES = {"clean-fid": "cleanfid.fid", "torchmetrics": "torchmetrics.image.fid", "torch-fidelity": "torch_fidelity"}
-_kept: list[Any] = []  # operator definitions vanish with their library object
-
-
-def _shim_torchvision() -> None:
-    """Let a CUDA build of torchvision import beside a CPU build of torch; does nothing to an install that works.
-
-    Its compiled part cannot load there, and the import then fails over two operators that nobody defined; their schemas suffice.
-    """
-    try:
-        importlib.import_module("torchvision")
-    except ModuleNotFoundError:
-        return
-    except RuntimeError as error:
-        if "does not exist" not in str(error):
-            raise
-        import sys
-
-        import torch
-
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _kept.append(library)
 
 
 def load_published() -> tuple[dict[str, Any], dict[str, str]]:
     """The packages that can be imported, by name, and for each of the others the reason why not."""
     modules, missing = {}, {}
-    _shim_torchvision()
+    repair_torchvision()
     for name, module in PACKAGES.items():
         try:
             modules[name] = importlib.import_module(module)
