@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from distillbench import cli
+from distillbench.torchvision_repair import repair_torchvision
 from distillbench.tracks import mixture2d
 from toys import ToySource, toy_teacher
 
 torch.set_num_threads(1)
+repair_torchvision()  # before any test module imports a package that wants torchvision
 
 Call = namedtuple("Call", "status out err")
 
