@@ -20,7 +20,8 @@ from .lora import merge_adapters
 
 CAPABILITIES = frozenset({"second time", "guidance input", "log variance", "taps", "resized", "lora", "jvp"})
 LARGEST = 65536  # of any whole number in a config: a typing error or a hostile file must not ask for all memory
-MAY_BE_ZERO = ("classes", "lora_rank", "token_width", "x_frequencies")
+MAY_BE_ZERO = ("classes", "lora_rank", "lora_alpha", "token_width", "x_frequencies")
+WITHOUT_ADAPTERS: dict[str, Any] = {"lora_rank": 0, "lora_alpha": 0.0, "lora_targets": ()}
 
 
 @dataclass
@@ -42,6 +43,8 @@ class BackboneConfig:
 
     classes: number of class labels (0: conditions carry no label); the label `classes` stands for "no class".
     second_time, guidance_input, log_variance: inputs and heads that surgery adds.  lora_rank: 0 or the rank of the adapters.
+    lora_alpha: adapters are scaled by lora_alpha / lora_rank (0: by 1).  lora_targets: endings of the names of the linear layers that
+    have adapters (none given: every linear layer).
     """
 
     width: int
@@ -50,8 +53,14 @@ class BackboneConfig:
     guidance_input: bool = False
     log_variance: bool = False
     lora_rank: int = 0
+    lora_alpha: float = 0.0
+    lora_targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        targets = self.lora_targets
+        if not isinstance(targets, (tuple, list)) or not all(isinstance(target, str) and target for target in targets):
+            raise UsageError(f"network config: lora_targets is a list of names of layers, not {targets!r}")
+        object.__setattr__(self, "lora_targets", tuple(targets))  # json has lists
         for item in fields(self):
             value = getattr(self, item.name)
             if item.type == "bool":
@@ -61,8 +70,11 @@ class BackboneConfig:
                 least = 0 if item.name in MAY_BE_ZERO else 1
                 if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST:
                     raise UsageError(f"network config: {item.name} is a whole number from {least} to {LARGEST}, not {value!r}")
-            elif item.type == "float" and (not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e6):
-                raise UsageError(f"network config: {item.name} is a number above 0 and below a million, not {value!r}")
+            elif item.type == "float":
+                number, zero = isinstance(value, (int, float)) and not isinstance(value, bool), item.name in MAY_BE_ZERO
+                if not number or not (0 < value < 1e6 or (zero and value == 0)):
+                    span = "from 0 to" if zero else "above 0 and below"
+                    raise UsageError(f"network config: {item.name} is a number {span} a million, not {value!r}")
 
 
 class Backbone(nn.Module, ABC):
@@ -110,7 +122,7 @@ class Backbone(nn.Module, ABC):
 
     def resized(self, width: int, generator: torch.Generator | None = None) -> Self:
         """A fresh network of the same family and another width, its weights drawn from `generator` (default: seed 0)."""
-        return self._placed(type(self)(replace(self.config, width=width, lora_rank=0), generator))
+        return self._placed(type(self)(replace(self.config, width=width, **WITHOUT_ADAPTERS), generator))
 
     def with_second_time(self) -> Self:
         """A copy that also takes a second time."""
@@ -124,17 +136,24 @@ class Backbone(nn.Module, ABC):
         """A copy that also returns a log-variance, at first 0."""
         return self._rebuilt(log_variance=True)
 
-    def lora(self, rank: int, generator: torch.Generator | None = None) -> Self:
-        """A copy in which every linear layer has an adapter of this rank, and only the adapters are parameters."""
+    def lora(self, rank: int, generator: torch.Generator | None = None, *, alpha: float | None = None,
+             targets: tuple[str, ...] = ()) -> Self:  # fmt: skip
+        """A copy with adapters of this rank on linear layers, of which only the adapters are parameters.
+
+        alpha: adapters are scaled by alpha / rank; None: by 1.  targets: whole endings of the layers' dotted names ("qkv" or "0.qkv");
+        empty: every linear layer. Raises UsageError where no layer has such a name.
+        """
         if rank < 1:
             raise UsageError(f"the rank of adapters is at least 1, not {rank}")
+        if alpha is not None and alpha <= 0:
+            raise UsageError(f"the alpha of adapters is above 0, not {alpha} (None: scaling 1)")
         if self.config.lora_rank:
             raise ContractError("this network has adapters already: merge them with merged() before adding others")
-        return self._rebuilt(generator, lora_rank=rank)
+        return self._rebuilt(generator, lora_rank=rank, lora_alpha=alpha or 0.0, lora_targets=tuple(targets))
 
     def merged(self) -> Self:
         """A plain copy with the adapters added into the weights."""
-        plain = self._placed(type(self)(replace(self.config, lora_rank=0)))
+        plain = self._placed(type(self)(replace(self.config, **WITHOUT_ADAPTERS)))
         plain.load_state_dict(merge_adapters(self))
         return plain
 

@@ -73,7 +73,7 @@ class MLP(Backbone):
         self.guidance = zero_linear(GUIDANCE_FEATURES, config.width, bias=False) if config.guidance_input else None
         self.log_variance = zero_linear(config.width, 1) if config.log_variance else None
         if config.lora_rank:
-            add_adapters(self, config.lora_rank, generator)
+            add_adapters(self, config.lora_rank, generator, alpha=config.lora_alpha or None, targets=config.lora_targets)
 
     @property
     def tap_names(self) -> tuple[str, ...]:

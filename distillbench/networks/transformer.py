@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..conditions import Conditions
 from ..errors import UsageError
-from .backbone import Backbone, BackboneConfig, Output
+from .backbone import WITHOUT_ADAPTERS, Backbone, BackboneConfig, Output
 from .layers import (
     GUIDANCE_FEATURES,
     embedding,
@@ -92,7 +92,7 @@ class Transformer(Backbone):
         self.guidance = zero_linear(GUIDANCE_FEATURES, width, bias=False) if config.guidance_input else None
         self.log_variance = zero_linear(width, 1) if config.log_variance else None
         if config.lora_rank:
-            add_adapters(self, config.lora_rank, generator)
+            add_adapters(self, config.lora_rank, generator, alpha=config.lora_alpha or None, targets=config.lora_targets)
 
     @property
     def tap_names(self) -> tuple[str, ...]:
@@ -105,7 +105,7 @@ class Transformer(Backbone):
     def resized(self, width: int, generator: torch.Generator | None = None) -> Self:
         """As `Backbone.resized`, with the largest number of heads, up to today's, that divides the new width."""
         heads = next(h for h in range(self.config.heads, 0, -1) if width % h == 0)
-        return self._placed(type(self)(replace(self.config, width=width, heads=heads, lora_rank=0), generator))
+        return self._placed(type(self)(replace(self.config, width=width, heads=heads, **WITHOUT_ADAPTERS), generator))
 
     def forward(self, x: Tensor, t: Tensor, conditions: Conditions, *, second_time: Tensor | None = None,
                 guidance: Tensor | float | None = None, taps: Sequence[str] = (), stop: bool = False) -> Output:  # fmt: skip

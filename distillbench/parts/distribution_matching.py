@@ -2,6 +2,10 @@
 
 DMD (Yin et al. 2023, arXiv 2311.18828, algorithm 2) and what builds on it. At x_t = alpha x + sigma eps the gradient of the KL
 divergence is proportional to fake(x_t, t) - real(x_t, t): posterior means of x under the student's and the teacher's samples.
+
+Variational score distillation (VSD, ProlificDreamer, arXiv 2305.16213) is the same with the means of the noise: w_t (eps_real - eps_fake),
+where eps_real - eps_fake = alpha / sigma (fake - real). Score distillation sampling (SDS, DreamFusion, arXiv 2209.14988) has the drawn
+noise in the place of eps_fake, that is x in the place of the fake score's mean.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from ..diffusion.solvers import jump
 from ..errors import unknown
 
 WEIGHTINGS = ("inv_l1", "sigma/alpha", "sigma^3/alpha", "none")
+NOISE_WEIGHTINGS = ("sigma^2", "1")
 
 
 def mean_per_sample(x: Tensor) -> Tensor:
@@ -44,22 +49,50 @@ def matching_gradient(x: Tensor, real: Tensor, fake: Tensor, path: Schedule, t: 
     raise unknown("weighting", weighting, WEIGHTINGS)
 
 
+def noise_gradient(real: Tensor, fake: Tensor, path: Schedule, t: Tensor, *, weighting: str = "sigma^2") -> Tensor:
+    """The direction (n, *shape) of VSD along which each sample is to fall: w_t (real - fake), with 0 for what is not a number.
+
+    real, fake: eps predictions at x_t.  t: (n,).  sigma^2: w_t = sigma_t^2 (SwiftBrush).  1: no weight. In exact arithmetic these are
+    `matching_gradient` with sigma^3/alpha and sigma/alpha.
+    """
+    if weighting not in NOISE_WEIGHTINGS:
+        raise unknown("weighting", weighting, NOISE_WEIGHTINGS)
+    gap = real - fake
+    return torch.nan_to_num(broadcast(path.sigma(t) ** 2, gap) * gap if weighting == "sigma^2" else gap)
+
+
 def surrogate(x: Tensor, gradient: Tensor) -> Tensor:
     """A loss whose gradient at x is `gradient` / x.numel(). Its value, half the mean square of `gradient`, is no divergence."""
     return 0.5 * (x - (x - gradient).detach()).square().mean()
 
 
-def matching_loss(x: Tensor, t: Tensor, noise: Tensor, conditions: Conditions, teacher: Denoiser, fake: Denoiser, *,
-                  guidance_scale: float = 1.0, weighting: str = "inv_l1", floor: float = 1e-3) -> Tensor:  # fmt: skip
+def matching_loss(x: Tensor, t: Tensor, noise: Tensor, conditions: Conditions, teacher: Denoiser, fake: Denoiser | None, *,
+                  guidance_scale: float = 1.0, fake_guidance_scale: float = 1.0, weighting: str = "inv_l1",
+                  floor: float = 1e-3) -> Tensor:  # fmt: skip
     """L_DM for samples x (n, *shape) at times t (n,): no gradient reaches or passes through either score.
 
-    The teacher is guided, the fake score never is.
+    The teacher is guided; the fake score is not, unless it is given a scale of its own (DMD: not, SwiftBrush: the teacher's).
+    weighting: of `matching_gradient`, on means of x, or of `noise_gradient`, on means of the noise.  fake: None is SDS.
     """
     with torch.no_grad():
         x_t = jump(teacher.path, x, noise, t)
-        real = teacher.x0(x_t, t, conditions, guidance_scale=guidance_scale)
-        gradient = matching_gradient(x, real, fake.x0(x_t, t, conditions), teacher.path, t, weighting=weighting, floor=floor)
+        real = teacher.predict(x_t, t, conditions, guidance_scale=guidance_scale)
+        own = None if fake is None else fake.predict(x_t, t, conditions, guidance_scale=fake_guidance_scale)
+        if weighting in NOISE_WEIGHTINGS:
+            gradient = noise_gradient(real.eps, noise if own is None else own.eps, teacher.path, t, weighting=weighting)
+        else:
+            mean = x if own is None else own.x0
+            gradient = matching_gradient(x, real.x0, mean, teacher.path, t, weighting=weighting, floor=floor)
     return surrogate(x, gradient)
+
+
+def weighted_noise_loss(fake: Denoiser, x: Tensor, t: Tensor, noise: Tensor, conditions: Conditions) -> Tensor:
+    """Denoising score matching as SwiftBrush trains its fake score: mean of alpha_t^2 (eps - noise)^2 on the denoiser's path.
+
+    x (n, *shape) is held fixed.
+    """
+    x_t = jump(fake.path, x.detach(), noise, t)
+    return (broadcast(fake.path.alpha(t) ** 2, x) * (fake.eps(x_t, t, conditions) - noise).square()).mean()
 
 
 def fake_score_loss(fake: Denoiser, x: Tensor, t: Tensor, noise: Tensor, conditions: Conditions) -> Tensor:

@@ -1,5 +1,7 @@
 """What every network promises: surgery without side effects, exact no-ops, taps, adapters, determinism, derivatives."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distillbench.conditions import Conditions
 from distillbench.errors import ContractError, UsageError
 from distillbench.networks import KINDS, Backbone, build
+from distillbench.networks.lora import linear_layers
 
 CONFIGS = {
     "mlp": {"kind": "mlp", "dimension": 3, "width": 24, "depth": 3, "classes": 5},
@@ -198,6 +201,51 @@ def test_merged_in_single_precision_agrees_to_rounding(name):
     torch.testing.assert_close(adapted.merged()(x, t, conditions).prediction, expected, atol=1e-6, rtol=1e-6)
 
 
+def test_alpha_scales_what_adapters_add(name, network):
+    network.double()
+    x, t, conditions = inputs(name, dtype=torch.float64)
+    targets = ("last",)  # the output is linear in this layer alone
+    adapted = {alpha: awake(network.lora(4, seeded(3), alpha=alpha, targets=targets), seed=5) for alpha in (None, 4.0, 6.0)}
+    base = network(x, t, conditions).prediction
+    added = {alpha: other(x, t, conditions).prediction - base for alpha, other in adapted.items()}
+    assert added[None].abs().max() > 0.01
+    torch.testing.assert_close(added[4.0], added[None], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(added[6.0], 1.5 * added[None], rtol=1e-9, atol=1e-12)
+    for other in adapted.values():
+        merged = other.merged()
+        assert merged.to_config() == network.to_config()
+        torch.testing.assert_close(merged(x, t, conditions).prediction, other(x, t, conditions).prediction, rtol=1e-9, atol=1e-12)
+
+
+def test_adapters_sit_on_the_targets_alone_and_nothing_else_is_a_parameter(name, network):
+    x, t, conditions = inputs(name)
+    target = "hidden.0" if name == "mlp" else "qkv"
+    adapted = network.lora(2, alpha=3.0, targets=(target, "last"))
+    at = {key.rsplit(".", 1)[0] for key, _ in adapted.named_parameters()}
+    assert at == {key for key, _ in network.named_modules() if key == "last" or f".{key}".endswith(f".{target}")}
+    assert at > {"last"}
+    assert torch.equal(adapted(x, t, conditions).prediction, network(x, t, conditions).prediction)
+    awake(adapted)
+    assert not torch.allclose(adapted(x, t, conditions).prediction, network(x, t, conditions).prediction, atol=1e-2)
+    again = build(json.loads(json.dumps(adapted.to_config())))
+    again.load_state_dict(adapted.state_dict())
+    assert again.config == adapted.config
+    assert torch.equal(again(x, t, conditions).prediction, adapted(x, t, conditions).prediction)
+    assert {key for key, _ in adapted.copy().named_parameters()} == {key for key, _ in adapted.named_parameters()}
+    assert adapted.resized(8).config.lora_targets == ()
+
+
+def test_targets_are_whole_parts_of_names_and_must_exist(name, network):
+    for target in ("ast", "to_q", "network.last"):
+        with pytest.raises(UsageError, match=f"no linear layer is named {target}.*last"):
+            network.lora(2, targets=(target,))
+    with pytest.raises(UsageError, match="alpha"):
+        network.lora(2, alpha=0.0)
+    assert linear_layers(network, ("ast",)) == []
+    assert linear_layers(network, ("last", "to_q")) == ["last"]
+    assert set(linear_layers(network)) == {key for key, module in network.named_modules() if isinstance(module, nn.Linear)}
+
+
 def test_a_sample_does_not_depend_on_its_batch(name, network):
     x, t, conditions = inputs(name)
     whole = network(x, t, conditions).prediction
@@ -327,6 +375,10 @@ def test_inputs_that_the_network_lacks_are_refused(name, network):
         ({"kind": "mlp", "width": 0}, "width"),
         ({"kind": "mlp", "width": "8"}, "width"),
         ({"kind": "mlp", "second_time": 1}, "second_time"),
+        ({"kind": "mlp", "lora_alpha": -1.0}, "lora_alpha is a number from 0"),
+        ({"kind": "mlp", "lora_targets": "last"}, "lora_targets is a list"),
+        ({"kind": "mlp", "lora_targets": [3]}, "lora_targets is a list"),
+        ({"kind": "mlp", "lora_rank": 2, "lora_targets": ["lats"]}, "no linear layer is named lats"),
         ({"kind": "mlp", "highest_frequency": float("nan")}, "highest_frequency"),
         ({"kind": "transformer", "patch": 5}, "patches of side 5"),
         ({"kind": "transformer", "width": 30}, "multiple of 4"),

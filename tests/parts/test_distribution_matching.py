@@ -18,7 +18,14 @@ from distillbench.diffusion.base import Schedule
 from distillbench.diffusion.schedules import EDM, Flow, Trig, VPCosine
 from distillbench.errors import UsageError
 from distillbench.networks.backbone import Output
-from distillbench.parts.distribution_matching import fake_score_loss, matching_gradient, matching_loss, surrogate
+from distillbench.parts.distribution_matching import (
+    fake_score_loss,
+    matching_gradient,
+    matching_loss,
+    noise_gradient,
+    surrogate,
+    weighted_noise_loss,
+)
 
 TIMES = (0.1, 0.5, 0.9)
 Z = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]], dtype=torch.float64)
@@ -145,6 +152,54 @@ def test_the_fixed_weights_are_the_papers_on_scores(weighting: str, power: int) 
     papers = sigma**power / alpha * alpha * (fake.score(x_t, at(t), NOBODY) - real.score(x_t, at(t), NOBODY))
     found = matching_gradient(Z, real.x0(x_t, at(t), NOBODY), fake.x0(x_t, at(t), NOBODY), path, at(t), weighting=weighting)
     torch.testing.assert_close(found, papers, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("weighting", "on_x0"), [("sigma^2", "sigma^3/alpha"), ("1", "sigma/alpha")])
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (4.5, 4.5), (4.5, 1.0)])
+def test_weights_on_noise_are_weights_on_scores_and_both_scores_may_be_guided(weighting: str, on_x0: str, scales: tuple) -> None:
+    labels = Conditions({"label": torch.tensor([1, 2, 3, 4])}, {"label": 0})
+    real, fake, t = denoiser(0.0, 0.25, VPCosine()), denoiser(0.5, 0.36, VPCosine()), torch.tensor(TIMES + (0.7,), dtype=torch.float64)
+    gradients = []
+    for kind in (weighting, on_x0):
+        x = Z.clone().requires_grad_()
+        options = {"guidance_scale": scales[0], "fake_guidance_scale": scales[1]}
+        matching_loss(x, t, EPS, labels, real, fake, weighting=kind, **options).backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+    x_t = VPCosine().alpha(t)[:, None] * Z + VPCosine().sigma(t)[:, None] * EPS
+    eps = [d.eps(x_t, t, labels, guidance_scale=scale).detach() for d, scale in zip((real, fake), scales, strict=True)]
+    torch.testing.assert_close(gradients[0], noise_gradient(*eps, VPCosine(), t, weighting=weighting) / 4, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("weighting", ["sigma^2", "1", "none", "sigma^3/alpha"])
+def test_without_a_fake_score_the_drawn_noise_takes_its_place(weighting: str) -> None:
+    real, t, path = denoiser(0.2, 0.3, VPCosine()), at(0.4), VPCosine()
+    x = Z.clone().requires_grad_()
+    matching_loss(x, t, EPS, NOBODY, real, None, weighting=weighting).backward()
+    alpha, sigma = path.alpha(0.4), path.sigma(0.4)
+    gap = real.eps(alpha * Z + sigma * EPS, t, NOBODY).detach() - EPS
+    weight = {"sigma^2": sigma**2, "1": 1.0, "none": sigma / alpha, "sigma^3/alpha": sigma**2}[weighting]
+    torch.testing.assert_close(x.grad, weight * gap / 4, rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_not_a_number_does_not_move_a_sample() -> None:
+    real, fake = torch.tensor([[1.0], [math.nan]]), torch.tensor([[0.5], [0.5]])
+    assert torch.equal(noise_gradient(real, fake, Flow(), torch.tensor([0.5, 0.5])), torch.tensor([[0.125], [0.0]]))
+    with pytest.raises(UsageError, match="sigma\\^2"):
+        noise_gradient(real, fake, Flow(), torch.tensor([0.5, 0.5]), weighting="sigma")
+
+
+def test_the_noise_loss_is_weighted_by_alpha_squared_of_the_path() -> None:
+    t, x = torch.tensor((*TIMES, 0.7), dtype=torch.float64), Z.clone().requires_grad_()
+    for own, path in ((VPCosine(), VPCosine()), (Flow(), VPCosine())):
+        fake = Denoiser(Gaussian(0.1, 0.5, own), own, "x0", path=path)
+        loss = weighted_noise_loss(fake, x, t, EPS, NOBODY)
+        alpha, sigma = path.alpha(t)[:, None], path.sigma(t)[:, None]
+        expected = (alpha**2 * (fake.eps(alpha * Z + sigma * EPS, t, NOBODY) - EPS) ** 2).mean()
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        assert fake.network.mean.grad.abs() > 0
+    assert x.grad is None
 
 
 def test_an_unknown_weighting_is_refused() -> None:
