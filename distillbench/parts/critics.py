@@ -1,8 +1,9 @@
-"""Discriminator heads on a network's features, and the non-saturating GAN losses."""
+"""Discriminator heads on a network's features, one logit a sample or one a token, and the non-saturating and hinge GAN losses."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,10 @@ from ..errors import ContractError
 from ..networks.layers import linear
 
 LARGEST_GROUPS = 8
+VIRTUAL_BATCH = 8  # samples that a token head normalises together
+TOKEN_KERNEL = 9
+SLOPE = 0.2  # of LeakyReLU below 0
+FIRST_ROUNDS = 30  # of power iteration on fresh weights
 
 
 class VectorHead(nn.Module):
@@ -95,3 +100,118 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 def generator_loss(fake: Tensor) -> Tensor:
     """mean softplus(-fake): the non-saturating loss of what made the samples."""
     return F.softplus(-fake).mean()
+
+
+# ---------------------------------------------------------------- heads on tokens, at several depths
+
+
+class Spectral(nn.Module):
+    """A circular convolution over tokens, (n, inputs, m) -> (n, outputs, m), whose weight is divided by its largest singular value.
+
+    The vectors u and v of that value follow the weights only when `refresh` is called, one round of power iteration each: a forward
+    pass changes nothing, so it can be repeated. `kernel` is odd and at most m.
+    """
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, generator: torch.Generator):
+        super().__init__()
+        bound = math.sqrt(6 / (inputs * kernel))
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, kernel).uniform_(-bound, bound, generator=generator))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.register_buffer("u", torch.empty(outputs).normal_(generator=generator))
+        self.register_buffer("v", torch.zeros(inputs * kernel))
+        self.refresh(FIRST_ROUNDS)
+
+    @torch.no_grad()
+    def refresh(self, rounds: int = 1) -> None:
+        """`rounds` rounds of power iteration from where the vectors are."""
+        weight = self.weight.flatten(1)
+        for _ in range(rounds):
+            self.v.copy_(F.normalize(weight.T @ self.u, dim=0))
+            self.u.copy_(F.normalize(weight @ self.v, dim=0))
+
+    def normalised(self) -> Tensor:
+        """The weight over its largest singular value, through which the gradient passes too."""
+        return self.weight / (self.u @ (self.weight.flatten(1) @ self.v))
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.weight.shape[2] // 2
+        return F.conv1d(F.pad(x, (side, side), mode="circular") if side else x, self.normalised().to(x), self.bias.to(x))
+
+
+class VirtualBatchNorm(nn.Module):
+    """Normalises channels of (n, channels, m) over tokens and groups of 8 neighbours in the batch (fewer where 8 does not divide n)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, 1))
+        self.bias = nn.Parameter(torch.zeros(channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = len(x)
+        size = next(k for k in range(min(VIRTUAL_BATCH, n), 0, -1) if n % k == 0)
+        groups = x.view(n // size, size, *x.shape[1:])
+        variance, mean = torch.var_mean(groups, dim=(1, 3), correction=0, keepdim=True)
+        return ((groups - mean) / (variance + 1e-5).sqrt()).view_as(x) * self.weight + self.bias
+
+
+class TokenHead(nn.Module):
+    """Features (n, channels, h, w) or (n, channels) -> a logit for each of their tokens, (n, h w) or (n, 1).
+
+    As in SANA-Sprint (arXiv 2503.09641) and StyleGAN-T before it: 1x1 convolution, norm, LeakyReLU; a residual block of the same with
+    a circular kernel of 9 along the tokens; 1x1 convolution; all spectrally normalised. `width`: of the two inner layers. Vectors get
+    no norm: over a single token it would leave of a sample only how it differs from its seven neighbours.
+    """
+
+    def __init__(self, shape: Sequence[int], width: int, generator: torch.Generator):
+        super().__init__()
+        if len(shape) not in (1, 3):
+            raise ContractError(f"a critic reads features of shape (width,) or (channels, height, width), not {tuple(shape)}")
+        tokens = math.prod(shape[1:])
+        self.first = Spectral(shape[0], width, 1, generator)
+        self.inner = Spectral(width, width, min(TOKEN_KERNEL, tokens - 1 + tokens % 2), generator)
+        self.last = Spectral(width, 1, 1, generator)
+        self.norms = nn.ModuleList(VirtualBatchNorm(width) if tokens > 1 else nn.Identity() for _ in range(2))
+
+    def forward(self, features: Tensor) -> Tensor:
+        h = features.unsqueeze(2).flatten(2)
+        h = F.leaky_relu(self.norms[0](self.first(h)), SLOPE)
+        h = (h + F.leaky_relu(self.norms[1](self.inner(h)), SLOPE)) / math.sqrt(2)
+        return self.last(h).squeeze(1)
+
+
+def refresh_spectral(heads: nn.Module) -> None:
+    """One round of power iteration in every `Spectral` layer of these heads."""
+    for layer in heads.modules():
+        if isinstance(layer, Spectral):
+            layer.refresh()
+
+
+def spread_taps(names: Sequence[str], count: int = 4) -> tuple[str, ...]:
+    """At most `count` taps from early to the last: blocks 2, 8, 14, 19 of 20 (counted from 0) for four, as in SANA-Sprint."""
+    shares = [1.0] if count == 1 else [0.15 + 0.85 * k / (count - 1) for k in range(count)]
+    places = {max(0, math.ceil(share * len(names) - 1e-9) - 1) for share in shares}
+    return tuple(names[place] for place in sorted(places))
+
+
+def token_logits(denoiser: Denoiser, heads: nn.ModuleList, taps: Sequence[str], x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+    """What the heads, one for each tap, see in x_t (n, *shape) at path times t (n,): (n, tokens of all heads)."""
+    features = denoiser.features(x_t, t, conditions, taps)
+    return torch.cat([head(features[tap]) for head, tap in zip(heads, taps, strict=True)], dim=1)
+
+
+def hinge_discriminator_loss(real: Tensor, fake: Tensor, counts: Tensor | None = None) -> Tensor:
+    """(mean relu(1 - real) + mean relu(1 + fake)) / 2, of logits (n, ...); 1 for a head that knows nothing.
+
+    counts (n,): how much each row of `fake` weighs in its mean, 1 unless given.
+    """
+    rows = F.relu(1 + fake).reshape(len(fake), -1).mean(1)
+    weight = torch.ones_like(rows) if counts is None else counts.to(rows)
+    return (F.relu(1 - real).mean() + (weight * rows).sum() / weight.sum()) / 2
+
+
+def hinge_generator_loss(fake: Tensor) -> Tensor:
+    """-mean of the logits: the hinge loss of what made the samples."""
+    return -fake.mean()
