@@ -65,6 +65,10 @@ class Schedule(ABC):
         """The derivatives of alpha and sigma."""
         return self.d_alpha(t), self.d_sigma(t)
 
+    def start(self, t: float) -> float:
+        """The scale of the noise from which sampling starts at t: sigma(t)."""
+        return float(self.sigma(t))
+
     def log_snr(self, t: Time) -> Tensor:
         """2 log(alpha / sigma): +inf where sigma is 0, -inf where alpha is 0."""
         alpha, sigma = self.levels(t)

@@ -2,7 +2,8 @@
 
 With a = alpha, s = sigma at the network's time, the network's output F and its input x satisfy two linear equations in (x0, eps):
 x = a x0 + s eps and F = p x0 + q eps, where (p, q) is (1, 0) for x0, (0, 1) for eps, (a', s') for the velocity, (0, -1/s) for the
-score. Every reading is a combination of x and F; its coefficients are found in float64, once a call.
+score and (-s, a) for v (Salimans & Ho 2022), never singular. Every reading is a combination of x and F; its coefficients are found in
+float64, once a call.
 
 Ends at which that system is singular:
 - x0 network, sigma = 0: eps reads 0, the mean of eps given a clean x.
@@ -34,7 +35,7 @@ from .schedules import from_config, match_time
 if TYPE_CHECKING:
     from ..networks.backbone import Backbone
 
-PREDICTIONS = ("x0", "eps", "velocity", "score")
+PREDICTIONS = ("x0", "eps", "velocity", "score", "v")
 READABLE = 2 * math.log(1e3)  # the log-SNR at which a reading that is singular at an infinite one is still taken
 
 
@@ -110,7 +111,7 @@ class Coefficients:
             return (k / a, -s / a), (0.0, 1.0)
         if self._prediction == "score":
             return (k / a, s * s / a), (0.0, -s)
-        p, q = self._schedule.slopes(self._time)
+        p, q = (-s, a) if self._prediction == "v" else self._schedule.slopes(self._time)
         determinant = a * q - s * p
         return (k * q / determinant, -s / determinant), (-k * p / determinant, a / determinant)
 
@@ -186,7 +187,7 @@ class Prediction:
 class Denoiser(nn.Module):
     """A network and how to read it.
 
-    prediction: what the network outputs on `schedule`, its own: x0, eps, velocity or score.
+    prediction: what the network outputs on `schedule`, its own: x0, eps, velocity, score, or v = alpha eps - sigma x0.
     path: the schedule in which callers give x and t (default: the network's). The network is fed its own schedule's x and time.
     """
 

@@ -207,6 +207,10 @@ class VPTable(Schedule):
         a2, s2, change = self._squares(t)
         return change / (2 * a2.sqrt()), -change / (2 * s2.sqrt())
 
+    def start(self, t: float) -> float:
+        """1 at the end of the table, though its sigma may lie a little below: where the samplers of such models start."""
+        return 1.0 if t == 1 else super().start(t)
+
     def alpha(self, t: Time) -> Tensor:
         return self.levels(t)[0]
 

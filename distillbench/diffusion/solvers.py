@@ -129,7 +129,7 @@ def few_step(denoiser: Denoiser, conditions: Conditions, times: Times, noise: Ca
              guidance: Time | None = None, guidance_scale: Time | None = None) -> Tensor:  # fmt: skip
     """Sample a student that predicts x0: from times t_1 > ... > t_n > 0, without the 0. Returns the last x0 (n, *shape).
 
-    noise(k): the k-th standard normal noise; k = 0 is the start, x = sigma(t_1) noise(0).
+    noise(k): the k-th standard normal noise; k = 0 is the start, x = path.start(t_1) noise(0).
     renoise: the next x is alpha x0 + sigma noise(k) (multistep consistency sampling).  deterministic: it keeps the implied eps (ddim).
     """
     grid = _floats(times, 1)
@@ -139,7 +139,7 @@ def few_step(denoiser: Denoiser, conditions: Conditions, times: Times, noise: Ca
         raise unknown("few-step mode", mode, ("renoise", "deterministic"))
     options: dict[str, Any] = {"guidance": guidance, "guidance_scale": guidance_scale}
     start = noise(0)
-    prediction = denoiser.predict(float(denoiser.path.sigma(grid[0])) * start, grid[0], conditions, **options)
+    prediction = denoiser.predict(denoiser.path.start(grid[0]) * start, grid[0], conditions, **options)
     for k, t in enumerate(grid[1:], start=1):
         eps = noise(k) if mode == "renoise" else prediction.eps
         x = jump(denoiser.path, prediction.x0, eps, t)

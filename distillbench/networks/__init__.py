@@ -10,13 +10,15 @@ import torch
 
 from ..errors import UsageError, unknown
 from .backbone import Backbone, Output
+from .diffusers import Sana, UNet2D, UNet2DCondition
 from .files import load_network, save_network
 from .mlp import MLP, MLPConfig
 from .transformer import Transformer, TransformerConfig
 
 __all__ = ["KINDS", "MLP", "Backbone", "MLPConfig", "Output", "Transformer", "TransformerConfig", "build", "load_network", "save_network"]
 
-KINDS: dict[str, type[Backbone]] = {"mlp": MLP, "transformer": Transformer}
+# The kinds of diffusers import that package only when one is built.
+KINDS: dict[str, type[Backbone]] = {kind.kind: kind for kind in (MLP, Transformer, UNet2D, UNet2DCondition, Sana)}
 
 
 def build(config: Mapping[str, Any], generator: torch.Generator | None = None) -> Backbone:

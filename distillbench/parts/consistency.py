@@ -195,12 +195,12 @@ def multistep(f: ConsistencyFunction, conditions: Conditions, times: Sequence[fl
               guidance: Time | None = None) -> Tensor:  # fmt: skip
     """Multistep consistency sampling (Song et al. 2023, algorithm 1) at falling times above t_min: (n, *shape).
 
-    noise(k): the k-th standard normal noise; k = 0 is the start, sigma(t_1) noise(0). Each later step adds fresh noise to the clean end
+    noise(k): the k-th standard normal noise; k = 0 is the start, path.start(t_1) noise(0). Later steps add fresh noise to the clean end
     found before it; nothing is added after the last. On edm a clean end still carries sigma_min, which the noise leaves out.
     """
     path = f.path
     rest = float(path.sigma(f.t_min)) if isinstance(path, EDM) else 0.0
-    x = float(path.sigma(times[0])) * noise(0)
+    x = path.start(times[0]) * noise(0)
     for k, (t, next_t) in enumerate(pairwise(times), start=1):
         spread = math.sqrt(float(path.sigma(next_t)) ** 2 - rest**2)
         x = float(path.alpha(next_t)) * f(x, t, conditions, guidance=guidance) + spread * noise(k)

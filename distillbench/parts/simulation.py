@@ -31,8 +31,8 @@ def step_grid(steps: int, shift: float = 1.0) -> tuple[float, ...]:
 
 
 def pure_noise(student: Denoiser, grid: Sequence[float], noise: Tensor) -> Tensor:
-    """What the first step is given, in training as at inference: sigma(t_1) eps."""
-    return float(student.path.sigma(grid[0])) * noise
+    """What the first step is given, in training as at inference: path.start(t_1) eps."""
+    return student.path.start(grid[0]) * noise
 
 
 @torch.no_grad()
