@@ -29,6 +29,7 @@ ANCHORS = {"on the left": (8.5, 16.0), "on the right": (23.5, 16.0), "at the top
 RELATIONS = ("left of", "right of", "above", "below")
 CELLS = ((9.0, 9.0), (23.0, 9.0), (9.0, 23.0), (23.0, 23.0))  # where things that are counted stand
 KINDS = ("one", "two", "count")
+SHARES = (0.4, 0.35, 0.25)  # of the kinds
 HELD_OUT = 6  # one combination in so many
 PHRASINGS = {
     "one": ("a {size} {first} {place} on a {background} background", "{background} background with a {size} {first} {place}",
@@ -70,13 +71,13 @@ class Scene:
         )  # fmt: skip
 
 
-def _scene(u: Sequence[float]) -> Scene:
+def _scene(u: Sequence[float], shares: Sequence[float] = SHARES) -> Scene:
     """The scene that eight uniform numbers choose."""
 
     def pick(options: Sequence, at: int):
         return options[int(u[at] * len(options))]
 
-    kind = "one" if u[0] < 0.4 else "two" if u[0] < 0.75 else "count"
+    kind = "one" if u[0] < shares[0] else "two" if u[0] < shares[0] + shares[1] else "count"
     first = (pick(tuple(COLOURS), 1), pick(SHAPES, 2))
     background = pick(tuple(BACKGROUNDS), 3)
     if kind == "one":
@@ -87,11 +88,12 @@ def _scene(u: Sequence[float]) -> Scene:
     return Scene(kind, (first, second), background, place=pick(RELATIONS, 6))
 
 
-def draw_scenes(n: int, generator: torch.Generator, *, held_out: bool = False) -> list[Scene]:
-    """n scenes, of combinations that training sees or of those held out."""
+def draw_scenes(n: int, generator: torch.Generator, *, held_out: bool = False, shares: Sequence[float] = SHARES) -> list[Scene]:
+    """n scenes, of combinations that training sees or of those held out. shares: of the kinds."""
     found: list[Scene] = []
     while len(found) < n:
-        drawn = map(_scene, torch.rand(max(n, 64), 8, generator=generator, dtype=torch.float64).tolist())
+        uniform = torch.rand(max(n, 64), 8, generator=generator, dtype=torch.float64).tolist()
+        drawn = [_scene(u, shares) for u in uniform]
         found += [scene for scene in drawn if scene.held_out == held_out]
     return found[:n]
 
@@ -162,9 +164,9 @@ def render(scenes: Sequence[Scene], generator: torch.Generator) -> Tensor:
             colour, shape = scene.objects[which]
             jobs[shape].append((row, x, y, radius, torch.tensor(COLOURS[colour]) + tints[row, which]))
     for shape, todo in jobs.items():
-        for row, x, y, radius, colour in todo:
+        for row, x, y, radius, tint in todo:
             mask = cover(shape, x, y, radius)
-            pictures[row] = torch.lerp(pictures[row], colour.clamp(0, 255)[:, None, None], mask)
+            pictures[row] = torch.lerp(pictures[row], tint.clamp(0, 255)[:, None, None], mask)
     return pictures.round().to(torch.uint8)
 
 

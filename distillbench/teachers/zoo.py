@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import unknown
+from ..errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from ..diffusion.denoiser import Denoiser
@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """One shipped network. cost: what training it takes, in words.  module: the file beside this one that holds `train`."""
+    """One shipped network. cost: what training it takes, in words.  module: the file beside this one.  function: what trains it there."""
 
     name: str
     title: str
     cost: str
     module: str
+    function: str = "train"
+    needs_data: str = ""  # the command that gets data which are not shipped; neither is the network then
 
     @property
     def folder(self) -> Path:
@@ -29,22 +31,37 @@ class ZooEntry:
 
     def train(self, folder: Path, progress: Callable[[str], None], **options: Any) -> dict[str, Any]:
         """Train it, write its files into `folder` and return its card. Options: steps, seed."""
-        return import_module(f".{self.module}", __package__).train(folder, progress, **options)
+        return getattr(import_module(f".{self.module}", __package__), self.function)(folder, progress, **options)
+
+    def on(self, data: str | None) -> dict[str, Path]:
+        """The option `data` of `train`; raises UsageError where it is missing or not taken."""
+        if bool(self.needs_data) != (data is not None):
+            why = f"needs --data PATH: {self.needs_data}" if self.needs_data else "is trained on what is shipped: leave --data out"
+            raise UsageError(f"{self.name} {why}")
+        return {} if data is None else {"data": Path(data)}
 
 
 ENTRIES = (
     ZooEntry("mixture2d", "MLP fitted to the exact velocity of the 2-D mixture", "about 2 minutes on one core", "mixture2d"),
     ZooEntry("digits", "flow transformer on 4,000 handwritten digits", "at most 30 minutes on two cores", "digits"),
+    ZooEntry("shapes-sd", "captioned scenes in Stable Diffusion's format", "about 70 minutes on one core", "shapes_pipelines", "train_sd"),
+    ZooEntry("shapes-sana", "captioned scenes in SANA's format", "about 70 minutes on one core", "shapes_pipelines", "train_sana"),
     ZooEntry("digits-classifier", "classifier whose features score digits", "a few minutes on one core", "digits_classifier"),
+    ZooEntry("clip-shapes", "small CLIP on the pictures and captions of shapes", "at most 6 minutes on one core", "clip_shapes"),
 )
 ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in ENTRIES}
+UNSHIPPED = {
+    "emoji": ZooEntry("emoji", "Stable-Diffusion-format pipeline for emoji at 64x64", "an hour on a GPU", "emoji",
+                      needs_data="npm pack emoji-datasource-google@16.0.0"),
+}  # fmt: skip
 
 
 def zoo_entry(name: str) -> ZooEntry:
     """The entry of that name; raises UsageError with the nearest names."""
-    if name not in ZOO:
-        raise unknown("network of the zoo", name, ZOO)
-    return ZOO[name]
+    known = ZOO | UNSHIPPED
+    if name not in known:
+        raise unknown("network of the zoo", name, known)
+    return known[name]
 
 
 def zoo_folder(name: str) -> Path:
