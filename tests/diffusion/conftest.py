@@ -37,7 +37,7 @@ class GaussianNetwork(nn.Module):
         score = -(x - alpha * mean) / variance
         x0 = mean + alpha * SPREAD**2 / variance * (x - alpha * mean)
         eps = -sigma * score
-        out = {"x0": x0, "eps": eps, "score": score}.get(self.prediction, d_alpha * x0 + d_sigma * eps)
+        out = {"x0": x0, "eps": eps, "score": score, "v": alpha * eps - sigma * x0}.get(self.prediction, d_alpha * x0 + d_sigma * eps)
         return SimpleNamespace(prediction=None if stop else out, features=dict.fromkeys(taps, x), log_variance=t)
 
     def copy(self) -> GaussianNetwork:

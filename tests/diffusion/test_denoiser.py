@@ -92,7 +92,7 @@ def test_beyond_the_reach_of_the_network(gaussian, nothing):
 
 
 def test_the_native_reading_is_the_output_itself(gaussian, nothing):
-    for prediction in PREDICTIONS:
+    for prediction in READINGS:
         got = gaussian(Flow(), prediction).predict(X, 0.3, nothing(7))
         assert getattr(got, prediction) is got.output
 
