@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STORE ?= .distillbench
 JOBS ?= 2
-METHODS ?= cd dmd2 progressive instaflow
+BUDGET ?= S
+METHODS ?= cd dmd2 progressive instaflow swiftbrush scm sana_sprint
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart report test lint golden methods-table tune board-m claims publish speed clean
+.PHONY: help quickstart images report test lint golden methods-table tune board-shapes board-m claims publish speed clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -49,15 +50,23 @@ golden: $(VENV)/dev  ## record the golden trajectories again (bump the method's 
 methods-table: $(VENV)/core  ## write methods/README.md from the methods' cards
 	@$(BIN)/python -m distillbench.methods_table > methods/README.md
 
+images: $(VENV)/core  ## install what the text-to-image tracks need (diffusers, transformers, peft, open_clip)
+	@$(PIP) -e '.[images]'
+
 report: $(VENV)/core  ## the report of the published records: boards, curves, samples, claims, a page a run (no training)
 	@$(BIN)/distillbench report --published --store $(STORE) --out report
 
 tune: $(VENV)/core  ## tune every method on both tracks by the common protocol, into methods/distillbench_methods/recipes/
 	@for track in mixture2d digits; do for method in $(METHODS); do $(BIN)/distillbench tune $$method $$track --jobs $(JOBS) --store $(STORE) || exit 1; done; done
 
-board-m: $(VENV)/core  ## the published studies again: mixture2d with 8 seeds and digits with 5, at S and at M (hours)
+board-shapes: $(VENV)/dev  ## the published text-to-image boards again, at S with one seed (about an hour on two cores)
+	@$(BIN)/distillbench bench shapes-sd --methods dmd2,swiftbrush,cd,instaflow --budget $(BUDGET) --seeds 1 --jobs $(JOBS) --store $(STORE)
+	@$(BIN)/distillbench bench shapes-sana --methods scm,sana_sprint,progressive --budget $(BUDGET) --seeds 1 --jobs $(JOBS) --store $(STORE)
+
+board-m: $(VENV)/core  ## the published studies again: mixture2d with 8 seeds and digits with 5, at S and at M, and shapes at M (many hours)
 	@for budget in S M; do for study in "mixture2d 8" "digits 5"; do set -- $$study; \
 	  $(BIN)/distillbench bench $$1 --methods all --budget $$budget --seeds $$2 --jobs $(JOBS) --store $(STORE) || exit 1; done; done
+	@$(MAKE) board-shapes BUDGET=M
 
 claims: $(VENV)/core  ## run what the methods' claims stand on, and say which hold (about an hour)
 	@$(BIN)/distillbench claims --jobs $(JOBS) --store $(STORE)
@@ -65,12 +74,22 @@ claims: $(VENV)/core  ## run what the methods' claims stand on, and say which ho
 publish: $(VENV)/core  ## put the records of $(STORE) into leaderboards/ with rendered tables
 	@$(BIN)/python -m distillbench.publish mixture2d --store $(STORE)
 	@$(BIN)/python -m distillbench.publish digits --store $(STORE)
+	@$(BIN)/python -m distillbench.publish shapes-sd --store $(STORE)
+	@$(BIN)/python -m distillbench.publish shapes-sana --store $(STORE)
 	@PYTHONPATH=tests $(BIN)/python tests/docs/test_concepts.py
 
 speed: $(VENV)/dev  ## how fast the harness and the metrics are, into the README (the packages compared with: pip install .[published])
 	@$(BIN)/python benchmarks/harness_speed.py | tee benchmarks/results.txt
 	@echo | tee -a benchmarks/results.txt
 	@OMP_NUM_THREADS=2 $(BIN)/python benchmarks/metrics_speed.py --threads 2 | tee -a benchmarks/results.txt
+	@echo | tee -a benchmarks/results.txt
+	@OMP_NUM_THREADS=2 $(BIN)/python benchmarks/scoring_speed.py | tee -a benchmarks/results.txt
+	@echo | tee -a benchmarks/results.txt
+	@$(BIN)/python benchmarks/sampling_speed.py | tee -a benchmarks/results.txt
+	@echo | tee -a benchmarks/results.txt
+	@$(BIN)/python benchmarks/shapes_step_speed.py | tee -a benchmarks/results.txt
+	@echo | tee -a benchmarks/results.txt
+	@$(BIN)/python benchmarks/gpu_full_size.py | tee -a benchmarks/results.txt
 	@$(BIN)/python benchmarks/into_readme.py
 
 clean:  ## remove the virtual environment and caches (never the store)

@@ -13,6 +13,8 @@ import os
 import platform
 import statistics
 import time
+from collections import Counter
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -21,26 +23,28 @@ from distillbench.api import Batch, Context
 from distillbench.budget import Budget
 from distillbench.config import load_recipe, make_config
 from distillbench.discovery import find
+from distillbench.randomness import generator_for
 from distillbench.tracks import get_track
+from distillbench.tracks.base import Track
 from distillbench.training.loop import Loop
 from distillbench.training.meter import pass_cost
 from distillbench.training.optimizers import Average, make_optimizer
 from distillbench.training.state import built
 
 
-def setup(method: str, track_name: str):
-    """A freshly built method with its context."""
-    track, found = get_track(track_name), find(method)
+def setup(method: str, on: str | Track):
+    """A freshly built method with its context, on a track or the one of that name."""
+    track, found = get_track(on) if isinstance(on, str) else on, find(method)
     method_class = found.load()
-    recipe = load_recipe(found.path.parent, track_name, method)
-    steps = (2,) if found.info.per_step else (1, 2, 4)
+    recipe = load_recipe(found.path.parent, track.facts.name, method)
+    steps = (2,) if found.info.per_step else tuple(n for n in (1, 2, 4) if n in found.info.steps)
     context = Context(track.teacher(), track.shape, steps, 0, "cpu", track.batch_size, track.guidance, track.catalog())
     return built(method_class(make_config(method_class.Config, method, recipe.values)), context), context, track
 
 
-def harness(method: str, track_name: str, cycles: int) -> float:
+def harness(method: str, on: str | Track, cycles: int) -> float:
     """Seconds per cycle under the loop, after the meter has seen each turn once."""
-    instance, context, track = setup(method, track_name)
+    instance, context, track = setup(method, on)
     unit = pass_cost(track.teacher(), track.shape, track.catalog())
     marks = []
     loop = Loop(instance, context, track.source(), Budget("b", cycles + 5, "steps"), unit=unit, batch_size=track.batch_size,
@@ -49,37 +53,61 @@ def harness(method: str, track_name: str, cycles: int) -> float:
     return (marks[-1] - marks[4]) / cycles
 
 
-def bare(method: str, track_name: str, cycles: int) -> float:
+class Plain:
+    """The turns of a method of one stage, without anything around them. size: the batch of turns that name none.
+
+    autocast: the type to which mixed precision casts, or None.
+    """
+
+    def __init__(self, instance, source, size: int, device: str = "cpu", autocast: torch.dtype | None = None):
+        (self.stage,) = instance.stages()
+        self.source, self.size, self.device, self.autocast = source, size, device, autocast
+        self.counts, self.examples = Counter(), 0
+        turns = self.stage.turns
+        self.optimizers = {(t.name, n): make_optimizer(m.parameters(), t.optimizer[n]) for t in turns for n, m in t.updates.items()}
+        self.averages: dict[int, list[Average]] = {}
+        for name, ema in self.stage.ema.items():
+            source_of = getattr(instance, ema.of)
+            self.averages.setdefault(id(source_of), []).append(Average(ema, getattr(instance, name), source_of))
+        self.networks = {id(m): m for t in turns for m in t.updates.values()}
+
+    def cycle(self, progress: float) -> None:
+        """Every turn as often as it says, once."""
+        for turn in self.stage.turns:
+            for module in self.networks.values():
+                module.requires_grad_(any(module is m for m in turn.updates.values()))
+            for _ in range(turn.repeat):
+                self._execute(turn, progress)
+
+    def _execute(self, turn, progress: float) -> None:
+        count, size = self.counts[turn.name], turn.batch_size or self.size
+        self.counts[turn.name] += 1
+        generator = generator_for(0, f"turn/{turn.name}", count)  # the loop's own draws, so that both do the same work
+        batch = Batch(size=size, count=count, progress=progress, source=self.source, generator=generator, device=self.device)
+        with nullcontext() if self.autocast is None else torch.autocast(torch.device(self.device).type, self.autocast):
+            losses = turn.loss(batch)
+        if losses is None:  # a turn of work, without an update
+            return
+        self.examples += size
+        (losses if isinstance(losses, torch.Tensor) else sum(losses.values())).backward()
+        for name, module in turn.updates.items():
+            if turn.optimizer[name].clip is not None:
+                nn.utils.clip_grad_norm_(module.parameters(), turn.optimizer[name].clip)
+            self.optimizers[turn.name, name].step()
+            self.optimizers[turn.name, name].zero_grad(set_to_none=True)
+            for average in self.averages.get(id(module), []):
+                average.update(count + 1)
+
+
+def bare(method: str, on: str | Track, cycles: int) -> float:
     """Seconds per cycle of the same mathematics in a plain loop."""
-    instance, _, track = setup(method, track_name)
-    (stage,) = instance.stages()
-    source, generator = track.source(), torch.Generator().manual_seed(0)
-    optimizers = {(t.name, n): make_optimizer(m.parameters(), t.optimizer[n]) for t in stage.turns for n, m in t.updates.items()}
-    averages = {}
-    for name, ema in stage.ema.items():
-        averages.setdefault(id(getattr(instance, ema.of)), []).append(Average(ema, getattr(instance, name), getattr(instance, ema.of)))
-    networks = {id(m): m for t in stage.turns for m in t.updates.values()}
-    started, count = 0.0, 0
+    instance, _, track = setup(method, on)
+    plain = Plain(instance, track.source(), track.batch_size)
+    started = 0.0
     for cycle in range(cycles + 5):
         if cycle == 5:
             started = time.perf_counter()
-        for turn in stage.turns:
-            for module in networks.values():
-                module.requires_grad_(any(module is m for m in turn.updates.values()))
-            for _ in range(turn.repeat):
-                count += 1
-                batch = Batch(
-                    size=turn.batch_size or track.batch_size, count=count, progress=cycle / cycles, source=source, generator=generator
-                )
-                losses = turn.loss(batch)
-                (losses if isinstance(losses, torch.Tensor) else sum(losses.values())).backward()
-                for name, module in turn.updates.items():
-                    if turn.optimizer[name].clip is not None:
-                        nn.utils.clip_grad_norm_(module.parameters(), turn.optimizer[name].clip)
-                    optimizers[turn.name, name].step()
-                    optimizers[turn.name, name].zero_grad(set_to_none=True)
-                    for average in averages.get(id(module), []):
-                        average.update(count)
+        plain.cycle(cycle / cycles)
     return (time.perf_counter() - started) / cycles
 
 

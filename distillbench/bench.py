@@ -28,13 +28,13 @@ def default_methods(track: str) -> list[str]:
 
 
 def make_plan(track: str, methods: Sequence[str], *, budget: str, seeds: int, steps: Sequence[int] = STEPS,
-              settings: Mapping[str, str] | None = None) -> list[Job]:  # fmt: skip
+              settings: Mapping[str, str] | None = None, teacher: str | None = None, data: str | None = None) -> list[Job]:  # fmt: skip
     """Every job of the plan, done or not; names, knobs and budget are checked here."""
     from .tracks import get_track
 
     parse_budget(budget, facts_of(track).budgets)
     jobs = plan(facts_of(track).name, methods, budget=budget, seeds=range(seeds), steps=steps,
-                reference_steps=get_track(track).reference_steps, settings=settings)  # fmt: skip
+                reference_steps=get_track(track).reference_steps, settings=settings, teacher=teacher, data=data)  # fmt: skip
     for job in jobs:
         resolve(job)
     return jobs
@@ -111,7 +111,7 @@ def _arithmetic(trainings: Sequence[Job], known: int, workers: int) -> str:
 def measure_missing(track: str, store: Store, console: Console, jobs: Sequence[Job] = ()) -> None:
     """Latency of every student of seed 0 that has none yet, beside the teacher, serially. `jobs`: where a stranger's files are."""
     facts = facts_of(track)
-    timed = {(record.subject, record.steps) for record in store.latencies(facts.id)}
+    timed = {(record.subject, record.steps) for record in store.latencies(facts.id) if record.stages is None}
     wanted = [
         (record, steps)
         for record in store.records(facts.id)
@@ -137,7 +137,8 @@ def measure_missing(track: str, store: Store, console: Console, jobs: Sequence[J
     if not students and (TEACHER, max(_steps(track))) in timed:
         return
     with Display([f"latency, {len(students)} students and the teacher"]) as display:
-        for latency in measure(get_track(track), students, say=lambda done: display.update(0, done, "rounds" if done < 1 else "ok")):
+        shown = get_track(track, jobs[0].teacher, jobs[0].data) if jobs else get_track(track)
+        for latency in measure(shown, students, say=lambda done: display.update(0, done, "rounds" if done < 1 else "ok")):
             store.add(latency)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from . import __version__
-from .cli_options import JOBS, LOG, STORE
-from .commands import evidence, new, report, submission
+from .cli_options import DATA, JOBS, LOG, STORE, TEACHER, numbers
+from .commands import evidence, latency, new, report, score, submission
 from .errors import DistillbenchError, UsageError, unknown
 
 
@@ -40,14 +40,16 @@ def list_(what: str, as_json: bool) -> None:
 @click.argument("track")
 @click.option("--budget", default="S", show_default=True, help="S, M, L, or 5e6passes, 60s, 2000steps.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
-@click.option("--steps", default="1,2,4", show_default=True, help="Step counts that are scored.")
+@click.option("--steps", default=None, show_default="1,2,4, of those that METHOD is made for", help="Step counts that are scored.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a knob of the method; may be given again.")
+@TEACHER
+@DATA
 @STORE
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on from a checkpoint of the same run, or start afresh.")
 @LOG
 def run(
-    method: str, track: str, budget: str, seed: int, steps: str, settings: tuple[str, ...], store_dir: str | None, resume: bool,
-    log: str | None,
+    method: str, track: str, budget: str, seed: int, steps: str | None, settings: tuple[str, ...], teacher: str | None, data: str | None,
+    store_dir: str | None, resume: bool, log: str | None,
 ) -> None:  # fmt: skip
     """Train METHOD (an id, path.py, path.py:Class) on TRACK within a budget, and score it."""
     from .closing import told
@@ -57,7 +59,8 @@ def run(
     from .store import Store
 
     store = Store(store_dir)
-    plan = jobs_here(method, track=track, budget=budget, seed=seed, steps=_numbers(steps), settings=_settings(settings))
+    counts = None if steps is None else numbers(steps)
+    plan = jobs_here(method, track=track, budget=budget, seed=seed, steps=counts, settings=_settings(settings), teacher=teacher, data=data)
     with told(store, plan, log):
         record = merged(run_jobs_here(plan, store, resume=resume, show=True, log=log))
         print_record(record)
@@ -72,13 +75,16 @@ def run(
 )
 @click.option("--budget", default="S", show_default=True, help="S, M, L, or 5e6passes, 60s, 2000steps.")
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(1), help="Number of training seeds.")
+@TEACHER
+@DATA
 @JOBS
 @STORE
 @click.option("--plan", "plan_only", is_flag=True, help="Print the plan as JSON and run nothing.")
 @LOG
 def bench(
-    track: str, methods: str | None, budget: str, seeds: int, jobs: int, store_dir: str | None, plan_only: bool, log: str | None
-) -> None:
+    track: str, methods: str | None, budget: str, seeds: int, teacher: str | None, data: str | None, jobs: int, store_dir: str | None,
+    plan_only: bool, log: str | None,
+) -> None:  # fmt: skip
     """Run what is missing of a plan, measure latency, and print the leaderboard."""
     from rich.console import Console
 
@@ -88,7 +94,7 @@ def bench(
     from .store import Store
 
     chosen = benching.default_methods(track) if methods is None else list(discover()) if methods == "all" else _names(methods)
-    plan = benching.make_plan(track, chosen, budget=budget, seeds=seeds)
+    plan = benching.make_plan(track, chosen, budget=budget, seeds=seeds, teacher=teacher, data=data)
     store = Store(store_dir)
     if plan_only:
         missing = {id(job) for job in benching.still_missing(plan, store)}
@@ -162,12 +168,14 @@ def zoo_list() -> None:
 @zoo.command("train")
 @click.argument("name")
 @click.option("--out", default=None, metavar="DIR", help="Folder to write (default: ./zoo/NAME).")
-def zoo_train(name: str, out: str | None) -> None:
+@click.option("--data", default=None, metavar="PATH", help="The data, where NAME is not trained on what is shipped.")
+def zoo_train(name: str, out: str | None, data: str | None) -> None:
     """Make an equivalent of NAME again from its recipe."""
     from .teachers.zoo import zoo_entry
 
     folder = Path(out or f"zoo/{name}")
-    card = zoo_entry(name).train(folder, lambda line: click.echo(line, err=True))
+    entry = zoo_entry(name)
+    card = entry.train(folder, lambda line: click.echo(line, err=True), **entry.on(data))
     click.echo(f"wrote {folder} (sha256 {card['sha256'][:16]}...)")
 
 
@@ -187,12 +195,17 @@ def check(target: str) -> None:
 
 
 @cli.command()
-def doctor() -> None:
-    """Say what this machine has, and what is missing for what."""
-    from .doctor import findings
+@click.argument("track", required=False)
+@TEACHER
+@DATA
+def doctor(track: str | None, teacher: str | None, data: str | None) -> None:
+    """Say what this machine has, and what is missing for what: for everything, or for TRACK with the command that gets it."""
+    from .doctor import findings, track_findings
 
+    if track is None and (teacher or data):
+        raise UsageError("--teacher and --data belong to a track: distillbench doctor TRACK --teacher PATH --data PATH")
     bad = False
-    for state, what, detail in findings():
+    for state, what, detail in findings() if track is None else track_findings(track, teacher, data):
         click.echo(f"{state:>7}  {what}: {detail}")
         bad |= state == "broken"
     if bad:
@@ -219,18 +232,18 @@ def demo(out: str) -> None:
         click.echo(f"\nThe picture is {out}. Next: distillbench bench mixture2d")
 
 
-for command in (evidence.claims, evidence.gate, evidence.tune, new.new, report.report, submission.submit, submission.verify):
+for command in (
+    evidence.claims,
+    evidence.gate,
+    evidence.tune,
+    latency.latency,
+    new.new,
+    report.report,
+    score.score,
+    submission.submit,
+    submission.verify,
+):
     cli.add_command(command)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise UsageError(f"--steps {text!r} is not a list of whole numbers such as 1,2,4") from None
-    if min(numbers) < 1:
-        raise UsageError(f"--steps {text!r}: step counts start at 1")
-    return numbers
 
 
 def _names(text: str) -> list[str]:

@@ -238,7 +238,7 @@ def check_method(target: Any, tracks: tuple[str, ...] | None = None) -> Iterator
     found = find(target)
     method_class = found.load()
     yield _outcome("card", lambda: _card(found, method_class))
-    for name in tracks or tuple(FACTS):
+    for name in tracks or tuple(facts.name for facts in FACTS.values() if not facts.extra):
         track = get_track(name)
         missing = track.missing(found.info)
         if missing:

@@ -8,9 +8,12 @@ import tempfile
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
-from .errors import BadFileError, DistillbenchError
+from .errors import BadFileError, DistillbenchError, UsageError
 from .store import store_folder
+from .torchvision_repair import repair_torchvision
+from .tracks.facts import EXTERNAL, VALIDATES, facts_of
 
 EXTRAS = {
     "images": ("diffusers", "transformers", "accelerate", "peft"),
@@ -25,18 +28,87 @@ def findings() -> Iterator[Finding]:
     """Everything worth knowing before a run, one line each."""
     yield "ok", "python", f"{platform.python_version()}, {os.cpu_count()} processors"
     yield _torch()
-    for name, packages in EXTRAS.items():
-        absent = [package for package in packages if _version(package) is None]
-        if absent:
-            yield "missing", f"extra {name}", f"{', '.join(absent)}; pip install 'distillbench[{name}]' if you need it"
-        else:
-            yield "ok", f"extra {name}", ", ".join(f"{package} {_version(package)}" for package in packages)
+    for name in EXTRAS:
+        yield _extra(name, f"pip install 'distillbench[{name}]' if you need it")
     if _version("torchvision") is not None:
         yield _torchvision()
     yield from _zoo()
     yield _data()
     yield _store()
     yield from _methods()
+
+
+def track_findings(track: str, teacher: str | None = None, data: str | None = None) -> Iterator[Finding]:
+    """What TRACK needs, one line each, with the command that gets what is missing. teacher, data: paths, where it ships none."""
+    facts = facts_of(track)
+    yield "ok", "track", f"{facts.id}: {facts.title}"
+    yield _torch()
+    for extra in {"images": ("images",), "published": ("images", "published")}.get(facts.extra, ()):
+        yield _extra(extra, f"pip install 'distillbench[{extra}]'")
+    if _version("torchvision") is not None and facts.extra == "published":
+        yield _torchvision()
+    if facts.name not in EXTERNAL:
+        if teacher or data:
+            raise UsageError(f"{facts.name} ships its teacher and data: leave --teacher and --data out")
+        yield from (finding for finding in _zoo() if finding[1].removeprefix("zoo ").startswith(facts.name.removesuffix(VALIDATES)))
+        if facts.name.startswith("digits"):
+            yield _data()
+        return
+    if _version("diffusers") is None:
+        yield "missing", "files", "teacher, data and weights are looked at once the extras are there"
+        return
+    yield from _given(facts.name, teacher, data)
+
+
+def _given(name: str, teacher: str | None, data: str | None) -> Iterator[Finding]:
+    """Teacher, data, weights and memory of a track of the user's own files. Nothing is loaded."""
+    from .tracks import get_track
+    from .tracks.given import GivenTrack
+    from .tracks.published import PublishedTrack
+
+    track = get_track(name, teacher, data)
+    assert isinstance(track, GivenTrack)
+    if teacher is None:
+        yield "missing", "teacher", f"--teacher PATH: {track.teacher_help}"
+    else:
+        try:
+            yield "ok", "teacher", f"a {track.teacher_class()}, its own files are looked at when it is opened"
+        except (UsageError, BadFileError) as error:
+            yield "broken", "teacher", str(error)
+    if data is None:
+        yield "missing", "data", f"--data PATH: {track.data_help}"
+    else:
+        try:
+            checksums = track.data_checksums()
+            yield "ok", "data", ", ".join(f"{what} {sha256[:16]}..." for what, sha256 in checksums.items())
+        except (UsageError, BadFileError) as error:
+            yield "broken", "data", str(error)
+    if isinstance(track, PublishedTrack):
+        from .published_weights import states
+
+        needed = {measure.weights for measure in track.definition.measures}
+        yield from ((state, f"weights {what}", detail) for state, what, detail in states() if what in needed)
+        yield _memory(track.definition.parameters)
+
+
+def _memory(parameters: float) -> Finding:
+    """Of the first GPU, against float32 weights of the teacher and of one student with its gradients and two moments."""
+    import torch
+
+    sampling, training = 4 * parameters / 1e9, (4 + 16) * parameters / 1e9
+    need = f"float32 weights take {sampling:.1f} GB to sample and {training:.1f} GB to train one student, activations come on top"
+    if not torch.cuda.is_available():
+        return "missing", "GPU", f"none here, and a CPU takes very long at full size; {need}"
+    have = torch.cuda.get_device_properties(0).total_memory / 1e9
+    return ("ok" if have > training else "missing"), "GPU", f"{torch.cuda.get_device_name(0)} with {have:.0f} GB; {need}"
+
+
+def _extra(name: str, remedy: str) -> Finding:
+    packages = EXTRAS[name]
+    absent = [package for package in packages if _version(package) is None]
+    if absent:
+        return "missing", f"extra {name}", f"{', '.join(absent)}; {remedy}"
+    return "ok", f"extra {name}", ", ".join(f"{package} {_version(package)}" for package in packages)
 
 
 def _version(package: str) -> str | None:
@@ -57,30 +129,38 @@ def _torch() -> Finding:
 
 def _torchvision() -> Finding:
     try:
-        import_module("torchvision")
-    except Exception as error:
-        return (
-            "broken",
-            "torchvision",
-            f"{type(error).__name__}: {str(error)[:80]}; uninstall it, or install the build that belongs to your torch",
-        )
-    return "ok", "torchvision", str(_version("torchvision"))
+        repaired = repair_torchvision()
+    except UsageError as error:
+        return "broken", "torchvision", str(error)
+    return "ok", "torchvision", f"{_version('torchvision')}{', repaired: its compiled part does not load' if repaired else ''}"
 
 
 def _zoo() -> Iterator[Finding]:
-    from .networks.files import sha256_file
     from .teachers.cards import read_card
     from .teachers.zoo import ZOO
 
     for name, entry in ZOO.items():
         try:
             card = read_card(entry.folder)
-            good = sha256_file(entry.folder / "network.safetensors") == card["sha256"]
+            good = _checksum(entry.folder) == card["sha256"]
         except (BadFileError, OSError) as error:
             yield "broken", f"zoo {name}", str(error)
             continue
         detail = "checksum holds" if good else f"checksum differs from its card; reinstall, or distillbench zoo train {name}"
         yield ("ok" if good else "broken"), f"zoo {name}", detail
+
+
+def _checksum(folder: Path) -> str:
+    """Of a shipped network: of its pipeline folder, or of its only file of weights."""
+    from .networks.files import sha256_file
+    from .teachers.shapes_pipelines import PIPELINE, pipeline_sha256
+
+    if (folder / PIPELINE).is_dir():
+        return pipeline_sha256(folder / PIPELINE)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise BadFileError(f"{folder}: has no weights; install distillbench again, or make it with `zoo train {folder.name}`")
+    return sha256_file(weights[0])
 
 
 def _data() -> Finding:

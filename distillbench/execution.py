@@ -12,28 +12,33 @@ from .config import as_text
 from .discovery import find, target_of
 from .display import Display
 from .errors import UsageError
-from .jobs import Job, merged, resolve, split
+from .jobs import STEPS, Job, merged, resolve, split
 from .logs import check_log, log_known
 from .records import RunRecord
 from .store import Store
 
 
-def run_here(method: Any, *, track: str, budget: str, seed: int, steps: Sequence[int], settings: Mapping[str, Any] | None,
-             store: str | Path | None, resume: bool, show: bool, log: str | None = None) -> RunRecord:  # fmt: skip
+def run_here(method: Any, *, track: str, budget: str, seed: int, steps: Sequence[int] | None, settings: Mapping[str, Any] | None,
+             store: str | Path | None, resume: bool, show: bool, log: str | None = None,
+             teacher: str | Path | None = None, data: str | Path | None = None) -> RunRecord:  # fmt: skip
     """See `distillbench.run`."""
-    jobs = jobs_here(method, track=track, budget=budget, seed=seed, steps=steps, settings=settings)
+    jobs = jobs_here(method, track=track, budget=budget, seed=seed, steps=steps, settings=settings, teacher=teacher, data=data)
     return merged(run_jobs_here(jobs, Store(store), resume=resume, show=show, log=log))
 
 
-def jobs_here(method: Any, *, track: str, budget: str, seed: int, steps: Sequence[int],
-              settings: Mapping[str, Any] | None) -> list[Job]:  # fmt: skip
+def jobs_here(method: Any, *, track: str, budget: str, seed: int, steps: Sequence[int] | None,
+              settings: Mapping[str, Any] | None, teacher: str | Path | None = None,
+              data: str | Path | None = None) -> list[Job]:  # fmt: skip
     """The trainings that one method needs for these step counts; everything that can be looked up is checked."""
     target = target_of(method)
     possible = find(target).info.steps
+    if steps is None:
+        steps = [n for n in STEPS if n in possible] or possible[:1]
     if not steps or any(n not in possible for n in steps):
         raise UsageError(f"{target} is made for {', '.join(map(str, possible))} steps, not {', '.join(map(str, steps)) or 'none'}")
     told = {name: as_text(value) for name, value in (settings or {}).items()}
-    jobs = [Job(target, track, budget, seed, part, told) for part in split(target, steps)]
+    own, real = (None if path is None else str(path) for path in (teacher, data))
+    jobs = [Job(target, track, budget, seed, part, told, teacher=own, data=real) for part in split(target, steps)]
     for job in jobs:
         resolve(job)
     return jobs

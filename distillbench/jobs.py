@@ -12,7 +12,8 @@ from .config import load_recipe, make_config
 from .discovery import Found, find, harness_sha256
 from .errors import UsageError
 from .records import RunRecord, environment, now, run_id
-from .tracks.facts import TrackFacts, facts_of
+from .tracks import get_track
+from .tracks.facts import EXTERNAL, TrackFacts, facts_of
 
 TEACHER, TRUTH = "teacher", "truth"
 STEPS = (1, 2, 4)  # trained for and scored unless told otherwise, so that plans share their runs
@@ -23,6 +24,7 @@ class Job:
     """One training with its scoring, or one row of references (target "teacher" or "truth").
 
     steps: step counts that are scored.  settings: knobs as text, as `--set` gives them.
+    teacher, data: paths, for a track of the user's own files; records hold the checksums of what lies there instead.
     """
 
     target: str
@@ -34,6 +36,8 @@ class Job:
     threads: int = 1
     device: str = "cpu"
     dtype: str = "float32"
+    teacher: str | None = None
+    data: str | None = None
 
     @property
     def is_reference(self) -> bool:
@@ -97,6 +101,7 @@ def _record(job: Job, facts: TrackFacts, *, method: str, version: int, label: st
         trained_for=list(trained_for), data_access=data_access, family=family, status="failed: not finished", created=now(),
         kind="reference" if job.is_reference else "run", source_sha256=source, provenance=provenance or {}, overrides=overrides or {},
         tuning=tuning, environment=environment(),
+        files=get_track(job.track, job.teacher, job.data).checksums() if facts.name in EXTERNAL or job.teacher or job.data else {},
     )  # fmt: skip
     return dataclasses.replace(draft, id=run_id(**draft.determinants()))
 
@@ -120,9 +125,11 @@ def plan(
     threads: int = 1,
     device: str = "cpu",
     dtype: str = "float32",
+    teacher: str | None = None,
+    data: str | None = None,
 ) -> list[Job]:
     """References first, then every method, seed by seed, so that an early stop leaves whole seeds."""
-    common: dict[str, Any] = {"track": track, "threads": threads, "device": device, "dtype": dtype}
+    common: dict[str, Any] = {"track": track, "threads": threads, "device": device, "dtype": dtype, "teacher": teacher, "data": data}
     jobs = [Job(TEACHER, steps=tuple(reference_steps), **common), Job(TRUTH, steps=(1,), **common)]
     chosen = list(methods)
     for seed in seeds:

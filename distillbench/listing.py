@@ -18,7 +18,7 @@ from .published import published_store
 from .records import LatencyRecord, RunRecord
 from .store import Store
 from .submission import FOLDER, Submitted, submitted
-from .tracks.facts import FACTS, facts_of
+from .tracks.facts import EXTERNAL, FACTS, facts_of
 
 if TYPE_CHECKING:
     from .claims import Decision
@@ -51,14 +51,14 @@ def track_rows() -> Rows:
             "scores": list(facts.columns),
             "budgets": facts.budgets,
         }
-        for facts in FACTS.values()
+        for facts in (FACTS | EXTERNAL).values()
     ]
 
 
 def metric_rows() -> Rows:
     """Every score of every track with its line of the glossary."""
     rows = []
-    for facts in FACTS.values():
+    for facts in (FACTS | EXTERNAL).values():
         told = {}
         for part in facts.glossary.split("; "):
             names, _, meaning = part.partition(": ")
@@ -175,7 +175,8 @@ def print_record(record: RunRecord) -> None:
     budget = record.budget or {}
     status = escape(record.status)
     out.print(f"[bold]{escape(record.label)}[/] on {record.track}, seed {record.seed}, budget {budget.get('name', 'none')}: {status}")
-    out.print(f"run {record.id}, trained for {_text(record.trained_for)} steps, {record.parameters or 0:,} parameters")
+    trained = "released, not trained here" if record.kind == "released" else f"trained for {_text(record.trained_for)} steps"
+    out.print(f"run {record.id}, {trained}, {record.parameters or 0:,} parameters")
     if record.spent:
         spent = record.spent
         out.print(

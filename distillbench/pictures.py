@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 
 from .leaderboard import Board, Row
 from .store import Store
@@ -17,11 +17,12 @@ from .store import Store
 
 @dataclass(frozen=True)
 class Panel:
-    """A title and samples: (n, 2) points or (n, 1, h, w) images in [-1, 1], with their labels."""
+    """A title and samples: (n, 2) points or (n, 1 or 3, h, w) images in [-1, 1], with their labels, and their prompts if they have any."""
 
     title: str
     x: np.ndarray
     label: np.ndarray
+    prompts: tuple[str, ...] = ()
 
 
 def panels(board: Board, store: Store) -> list[Panel]:
@@ -50,9 +51,10 @@ def preview(folder: Path, steps: int, title: str) -> Panel | None:
     """The samples that a run left in its student's folder at this step count; None if it left none that can be read."""
     path = folder / f"preview-{steps}.safetensors"
     try:
-        held = load_file(path)
-        return Panel(title, held["x"].astype(np.float32), held["label"])
-    except (OSError, SafetensorError, KeyError):
+        with safe_open(path, framework="np") as held:
+            prompts = json.loads((held.metadata() or {}).get("prompts", "[]"))
+            return Panel(title, held.get_tensor("x").astype(np.float32), held.get_tensor("label"), tuple(map(str, prompts)))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
 
 
@@ -86,7 +88,10 @@ def _draw_one(axis: Any, panel: Panel, limit: float) -> None:
         axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
         return
     side = int(len(panel.x) ** 0.5)
-    images = panel.x[: side * side, 0]
-    height, width = images.shape[1:]
-    grid = images.reshape(side, side, height, width).transpose(0, 2, 1, 3).reshape(side * height, side * width)
-    axis.imshow(-grid, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    images = panel.x[: side * side]
+    channels, height, width = images.shape[1:]
+    grid = images.reshape(side, side, channels, height, width).transpose(0, 3, 1, 4, 2).reshape(side * height, side * width, channels)
+    if channels == 3:
+        axis.imshow((grid.clip(-1, 1) + 1) / 2, interpolation="nearest")
+    else:
+        axis.imshow(-grid[..., 0], cmap="gray", vmin=-1, vmax=1, interpolation="nearest")

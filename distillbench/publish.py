@@ -26,7 +26,9 @@ from .store import Store
 from .tracks.facts import TrackFacts, facts_of
 
 NAMED = ("S", "M", "L")
-BRIEF = {"mixture2d": ("in-mode", "sliced-w2", "coverage"), "digits": ("fd", "recall", "label-agreement")}  # columns in the README
+SHAPES = ("fd", "attributes", "clipcos", "diversity")
+BRIEF = {"mixture2d": ("in-mode", "sliced-w2", "coverage"), "digits": ("fd", "recall", "label-agreement"), "shapes-sd": SHAPES,
+         "shapes-sana": SHAPES}  # columns in the README  # fmt: skip
 
 
 @click.command()
@@ -38,7 +40,7 @@ def main(track: str, source: str | None, out: str, readme: str) -> None:
     """Publish the ok runs of TRACK under named budgets with the track's recipe, and its references."""
     facts = facts_of(track)
     held = Store(source)
-    target = Store(Path(out) / facts.name)
+    target = Store(Path(out) / (facts.folder or facts.name))
     kept = set()
     for record in held.records(facts.id):
         if record.ok and (record.kind == "reference" or _is_current(record)):
@@ -53,7 +55,7 @@ def main(track: str, source: str | None, out: str, readme: str) -> None:
     folder = target.folder
     for ending, form in (("md", "markdown"), ("tex", "latex"), ("csv", "csv")):
         (folder / f"table.{ending}").write_text(render(board, form))
-    draw(panels(board, target), folder / "samples.png", f"{facts.id}: samples of each method, one colour a class")
+    draw(panels(board, target), folder / "samples.png", f"{facts.id}: samples of each method")
     _draw_passes(board, folder / "passes.png")
     ablations = _publish_claims(facts, held, target)
     page = Path(readme)
@@ -149,9 +151,9 @@ def brief(board: Board) -> str:
         "",
         "Quality against training budget, one panel for each number of evaluations; bands are 95 % intervals over seeds:",
         "",
-        f"![quality against passes](leaderboards/{facts.name}/passes.png)",
+        f"![quality against passes](leaderboards/{facts.folder or facts.name}/passes.png)",
         "",
-        f"![samples](leaderboards/{facts.name}/samples.png)",
+        f"![samples](leaderboards/{facts.folder or facts.name}/samples.png)",
     ]
     return "\n".join(lines)
 

@@ -12,9 +12,10 @@ _HERE = Path(__file__).parent
 
 def published_folder(track: str) -> Path:
     """The folder of a track's published records: inside an installed package, or `leaderboards/` of a checkout."""
-    name = facts_of(track).name
-    installed = _HERE / "published" / name
-    return installed if installed.is_dir() else _HERE.parent / "leaderboards" / name
+    facts = facts_of(track)
+    folder = facts.folder or facts.name
+    installed = _HERE / "published" / folder
+    return installed if installed.is_dir() else _HERE.parent / "leaderboards" / folder
 
 
 def published_store(track: str) -> Store:

@@ -131,7 +131,7 @@ _ENVIRONMENT: Check = (_is_environment, "an object of texts and numbers, without
 _AMOUNT: Check = (_is_amount, "a number, 0 or above")
 
 RUN_CHECKS: dict[str, Check] = {
-    "kind": (lambda value: value in ("run", "reference"), '"run" or "reference"'),
+    "kind": (lambda value: value in ("run", "reference", "released"), '"run", "reference" or "released"'),
     "id": _ID,
     "track": (lambda value: _is_word(value) and re.fullmatch(r".+@\d+", value) is not None, "name@version"),
     "method": _WORD,
@@ -162,6 +162,8 @@ RUN_CHECKS: dict[str, Check] = {
     "created": _TIME,
 }  # fmt: skip
 
+FILE_CHECKS: dict[str, Check] = {"files": (lambda value: bool(value) and _is_hashes(value), "an object of sha256")}
+
 LATENCY_CHECKS: dict[str, Check] = {
     "kind": (lambda value: value == "latency", '"latency"'),
     "id": _ID,
@@ -182,6 +184,45 @@ LATENCY_CHECKS: dict[str, Check] = {
     "created": _TIME,
     "environment": _ENVIRONMENT,
 }
+
+
+_STAGE_FIELDS: dict[str, Check] = {
+    "label": (lambda value: isinstance(value, str) and 0 < len(value) <= 300, "a text"),
+    "compiled": (lambda value: isinstance(value, bool), "true or false"),
+    "compile_seconds": (lambda value: value is None or _is_amount(value), "a number, 0 or above, or null"),
+    "peak_memory_mb": _AMOUNT,
+    "evaluations": _COUNT,
+    "seconds": (lambda value: _is_dict(value) and bool(value) and all(map(LATENCY_CHECKS["seconds"][0], value.values())),
+                "a list of seconds a stage"),
+    "macs": (lambda value: _is_dict(value) and all(map(_is_macs, value.values())), "matmul and elementwise a stage"),
+}  # fmt: skip
+
+
+def _is_macs(value: Any) -> bool:
+    return _is_dict(value) and set(value) == {"matmul", "elementwise"} and all(_is_int(inner, 0) for inner in value.values())
+
+
+def check_latency(data: object, where: str) -> dict[str, Any]:
+    """As `check_fields`, with or without `stages` (older records have none)."""
+    if not isinstance(data, dict) or "stages" not in data:
+        return check_fields(data, LATENCY_CHECKS, where)
+    checked = check_fields(data, LATENCY_CHECKS | {"stages": _DICT}, where)
+    _check_stages(checked, where)
+    return checked
+
+
+def _check_stages(data: dict[str, Any], where: str) -> None:
+    """Complete, of the same stages throughout, and summing to the record's seconds round by round."""
+    stages = check_fields(data["stages"], _STAGE_FIELDS, f"{where}, stages")
+    if set(stages["macs"]) != set(stages["seconds"]):
+        raise BadFileError(f"{where}: its stages have seconds and multiply-adds of different stages")
+    if (stages["compile_seconds"] is not None) != stages["compiled"]:
+        raise BadFileError(f"{where}: compile_seconds belong to what was compiled, and to nothing else")
+    if any(len(spent) != len(data["seconds"]) for spent in stages["seconds"].values()):
+        raise BadFileError(f"{where}: its stages were not measured in the same rounds as the whole")
+    for whole, *parts in zip(data["seconds"], *stages["seconds"].values(), strict=True):
+        if abs(whole - sum(parts)) > 1e-6 * whole:
+            raise BadFileError(f"{where}: the seconds of its stages do not sum to those of the whole")
 
 
 def check_fields(data: object, checks: dict[str, Check], where: str) -> dict[str, Any]:
@@ -208,6 +249,8 @@ def check_run(data: dict[str, Any], where: str) -> None:
         raise BadFileError(f"{where}: says ok but lacks scores or evaluations for some of its steps {data['steps']}")
     if data["kind"] == "run" and data["budget"] is None:
         raise BadFileError(f"{where}: a run has a budget")
+    if data["kind"] == "released" and (data["budget"] is not None or data["trained_for"] or data["spent"]):
+        raise BadFileError(f"{where}: a released model was not trained here, so it has no budget, step counts trained for or costs")
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from . import __version__
 from .errors import BadFileError
-from .record_checks import LATENCY_CHECKS, RUN_CHECKS, check_fields, check_private, check_run, scrub, scrub_words
+from .record_checks import FILE_CHECKS, RUN_CHECKS, check_fields, check_latency, check_private, check_run, scrub, scrub_words
 
 RULES = 1  # of running and scoring; a change that moves results without a track's or method's version raises it
 NOISY = 1.3  # a latency whose p90 is more than this many medians is flagged
@@ -71,6 +71,7 @@ def run_id(
     steps: Sequence[int],
     kind: str = "run",
     rules: int = RULES,
+    files: Mapping[str, str] | None = None,
 ) -> str:
     """16 hex digits from what should determine a result. A budget counts by unit and amount, whatever it is called."""
     amount = None if budget is None else [budget["unit"], float(budget["amount"])]
@@ -78,7 +79,7 @@ def run_id(
         "kind": kind, "track": track, "method": method, "version": method_version, "source": source_sha256, "rules": rules,
         "config": scrub(plain(config)), "budget": amount, "seed": seed, "threads": threads, "dtype": dtype,
         "device_class": device_class, "trained_for": list(trained_for), "steps": list(steps),
-    }  # fmt: skip
+    } | ({"files": dict(files)} if files else {})  # fmt: skip
     return digest(determinants)[:16]
 
 
@@ -115,16 +116,18 @@ def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run, or with kind "reference" one row of the teacher or of truth.
+    """One run, or with kind "reference" one row of the teacher or of truth, or with kind "released" what others trained, scored here.
 
     label: what a board prints: the method's id and its changed knobs, `dmd2(gan=false)`.
-    budget: {"name", "unit": "passes" | "seconds" | "steps", "amount"}, or None for a reference.
+    budget: {"name", "unit": "passes" | "seconds" | "steps", "amount"}, or None where nothing was trained here.
     spent: passes, macs, seconds (by the clock), processor_seconds (not in old records), updates, cycles, images, peak_memory_mb.
     scores: step count as text -> list of score objects (name, identity, value or None with a note saying why, low, high, n,
     higher_is_better, unit, note; `Score.to_json`, with its key if wanted).
     evaluations: step count as text -> network evaluations per sample.
     status: "ok", "skipped: why" or "failed: why".
-    source_sha256: of a stranger's file, part of the id; provenance: module -> sha256 of all sources, not part of it.
+    files: name -> sha256 of the user's teacher and data, on a track that ships none; part of the id, and written only where there are any.
+    source_sha256: of a stranger's file, or of the files of what was released, part of the id; provenance: module -> sha256 of all
+    sources, not part of it.
     """
 
     id: str
@@ -156,11 +159,12 @@ class RunRecord:
     evaluations: dict[str, int] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     checksums: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     def determinants(self) -> dict[str, Any]:
         """The arguments of `run_id` that give this record's id."""
         names = ("track", "method", "method_version", "source_sha256", "config", "budget", "seed", "threads", "dtype")
-        more = ("device_class", "trained_for", "steps", "kind", "rules")
+        more = ("device_class", "trained_for", "steps", "kind", "rules", "files")
         return {name: getattr(self, name) for name in names + more}
 
     @property
@@ -173,7 +177,8 @@ class RunRecord:
         return self.status == "ok"
 
     def to_json(self) -> dict[str, Any]:
-        return plain(asdict(self))
+        data = plain(asdict(self))
+        return data if self.files else {name: value for name, value in data.items() if name != "files"}
 
     def scrubbed(self) -> RunRecord:
         """Without absolute paths anywhere, and without this machine's user and host name in free text."""
@@ -188,7 +193,7 @@ class RunRecord:
     @classmethod
     def from_json(cls, data: object, where: str = "record") -> RunRecord:
         """Raises `BadFileError` with one line that begins with `where`."""
-        checked = check_fields(data, RUN_CHECKS, where)
+        checked = check_fields(data, RUN_CHECKS | FILE_CHECKS if isinstance(data, dict) and "files" in data else RUN_CHECKS, where)
         check_private(checked, where)
         check_run(checked, where)
         record = cls(**checked)
@@ -201,6 +206,10 @@ class RunRecord:
 class LatencyRecord:
     """Seconds per call of one student (subject: its run's id) or of the teacher (subject: "teacher") at one batch size.
 
+    stages: None where samples were timed alone (all records before there were stages). Else the seconds are those of a whole pipeline,
+    from prompts to images, and this says how they were spent: label, compiled, compile_seconds (of the first call, None uncompiled),
+    peak_memory_mb, evaluations (per sample), seconds (stage -> a number a round; they sum to those above) and macs (stage -> matmul and
+    elementwise multiply-adds of one image).
     ratio: to the teacher's latency measured in the same interleaved rounds, {"value", "low", "high"}; None for the teacher.
     reference_steps: the teacher's step count in that ratio.
     flagged: p90 / median > 1.3, too noisy to be quoted. Make one with `measured`, which fills what follows from the seconds.
@@ -224,6 +233,7 @@ class LatencyRecord:
     created: str
     environment: dict[str, Any]
     kind: str = "latency"
+    stages: dict[str, Any] | None = None
 
     @classmethod
     def measured(
@@ -241,11 +251,13 @@ class LatencyRecord:
         reference_steps: int | None = None,
         created: str | None = None,
         environment: Mapping[str, Any] | None = None,
+        stages: Mapping[str, Any] | None = None,
     ) -> LatencyRecord:
         record = cls(
             id="", track=track, subject=subject, steps=steps, batch=batch, seconds=[float(second) for second in seconds],
             ratio=None if ratio is None else dict(ratio), reference_steps=reference_steps, threads=threads, dtype=dtype,
-            device_class=device_class, created=created or now(), environment=dict(environment or {}), **_summary(seconds),
+            device_class=device_class, created=created or now(), environment=dict(environment or {}),
+            stages=None if stages is None else plain(stages), **summary(seconds),
         )  # fmt: skip
         return replace(record, id=record.content_id())
 
@@ -254,27 +266,29 @@ class LatencyRecord:
         return digest({key: value for key, value in self.to_json().items() if key != "id"})[:16]
 
     def to_json(self) -> dict[str, Any]:
-        return plain(asdict(self))
+        """Without `stages` where there are none, so that records made before them keep their ids."""
+        data = plain(asdict(self))
+        return data if self.stages is not None else {name: value for name, value in data.items() if name != "stages"}
 
     def scrubbed(self) -> LatencyRecord:
-        clean = LatencyRecord(**{**self.to_json(), "environment": scrub_words(scrub(plain(self.environment)))})
+        clean = LatencyRecord(**{**scrub(self.to_json()), "environment": scrub_words(scrub(plain(self.environment)))})
         return replace(clean, id=clean.content_id())
 
     @classmethod
     def from_json(cls, data: object, where: str = "latency record") -> LatencyRecord:
         """Raises `BadFileError` with one line that begins with `where`."""
-        checked = check_fields(data, LATENCY_CHECKS, where)
+        checked = check_latency(data, where)
         check_private(checked, where)
         record = cls(**checked)
         if record.id != record.content_id():
             raise BadFileError(f"{where}: its id is not the hash of its content; it was edited")
-        if any(getattr(record, name) != value for name, value in _summary(record.seconds).items()):
+        if any(getattr(record, name) != value for name, value in summary(record.seconds).items()):
             raise BadFileError(f"{where}: its median, p10, p90 or flag do not follow from its seconds")
         return record
 
 
-def _summary(seconds: Sequence[float]) -> dict[str, Any]:
-    """Median, p10 and p90 by linear interpolation between order statistics, and the flag."""
+def summary(seconds: Sequence[float]) -> dict[str, Any]:
+    """median, p10 and p90 by linear interpolation between order statistics, and `flagged`: whether they spread too far to be quoted."""
     if not seconds:
         raise ValueError("a latency needs at least one measurement")
     ordered = sorted(float(second) for second in seconds)

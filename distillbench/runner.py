@@ -20,12 +20,10 @@ from torch import Tensor, nn
 
 from .api import Conditions, Context, Samples, Student
 from .budget import Budget
-from .diffusion.solvers import SOLVERS, time_grid
 from .errors import BadFileError, ContractError, DistillbenchError, NonFiniteError, NotApplicable, UsageError
 from .jobs import TEACHER, TRUTH, Job, Resolved, resolve
 from .logs import EventLog
 from .networks.files import sha256_file
-from .randomness import sample_noise
 from .records import RunRecord
 from .store import Store
 from .tracks import get_track
@@ -34,7 +32,6 @@ from .training.loop import Interrupted, Loop, Progress
 from .training.meter import Tracer, networks_of, pass_cost
 from .training.state import built
 
-CHUNK = 1024  # samples generated at a time
 SCORING = 8  # the scoring of a reference's step count as so many of its evaluations: for its progress only, between what tracks need
 Report = Callable[[float, str], None]  # fraction of the job in [0, 1], what is going on
 
@@ -83,12 +80,12 @@ def _one_line(error: Exception, resolved: Resolved) -> str:
 
 def _run(resolved: Resolved, store: Store, say: Report, log: str | None) -> RunRecord:
     job, record = resolved.job, resolved.record
-    track = get_track(job.track)
+    track = get_track(job.track, job.teacher, job.data)
     assert resolved.found is not None
     missing = track.missing(resolved.found.info)
     if missing:
         return dataclasses.replace(record, status=f"skipped: {missing}")
-    _reset_peak_memory(job.device)
+    reset_peak_memory(job.device)
     method, context = build(resolved, track, store.run_folder(record.id))
     events = EventLog(log, store, record)
     try:
@@ -117,7 +114,7 @@ def _trained(resolved: Resolved, store: Store, say: Report, track: Track, method
     spent = loop.train()
     events.training(1.0, vars(spent), loop.position.losses)
     student = method.distilled()
-    folder = _save_student(student, store.student_folder(record.id))
+    folder = _save_student(student, track, store.student_folder(record.id))
     scores, evaluations = {}, {}
     for number, steps in enumerate(job.steps):
         say(0.95 + 0.05 * number / len(job.steps), f"scoring {steps} steps")
@@ -125,7 +122,7 @@ def _trained(resolved: Resolved, store: Store, say: Report, track: Track, method
         _keep_preview(folder, steps, samples.x, track)
         scores[str(steps)] = [score.to_json() for score in track.score(samples.x)]
         evaluations[str(steps)] = samples.evaluations
-    used = {**dataclasses.asdict(spent), "peak_memory_mb": _peak_memory(job.device)}
+    used = {**dataclasses.asdict(spent), "peak_memory_mb": peak_memory(job.device)}
     (folder / "losses.json").write_text(json.dumps(loop.position.losses))
     result = dataclasses.replace(
         record, status="ok", scores=scores, evaluations=evaluations, spent=used, parameters=_parameters(student, job.steps),
@@ -157,8 +154,8 @@ def sample_student(student: Student, track: Track, steps: int, *, device: str = 
     conditions, seeds = track.evaluation()
     parts, claimed = [], 0
     with Watch(student) as watch:
-        for start in range(0, len(conditions), CHUNK):
-            part = slice(start, min(start + CHUNK, len(conditions)))
+        for start in range(0, len(conditions), track.at_once):
+            part = slice(start, min(start + track.at_once, len(conditions)))
             samples = student.generate(conditions[part].to(device), steps=steps, seeds=list(seeds[part]))
             wanted = (part.stop - part.start, *track.shape)
             if tuple(samples.x.shape) != wanted:
@@ -208,22 +205,21 @@ def _rows(described: tuple) -> int:
 def sample_teacher(track: Track, steps: int, *, device: str = "cpu", conditions: Conditions | None = None,
                    seeds: Sequence[int] | None = None) -> Samples:  # fmt: skip
     """The teacher's samples with the track's solver, from the noise and conditions that every student gets."""
-    teacher = track.teacher().to(device)
+    track.teacher().to(device)
     if conditions is None or seeds is None:
         conditions, seeds = track.evaluation()
-    times = time_grid(teacher.path, steps)
-    parts = []
-    for start in range(0, len(conditions), CHUNK):
-        part = slice(start, min(start + CHUNK, len(conditions)))
-        x = sample_noise(list(seeds[part]), track.shape).to(device) * float(teacher.path.sigma(times[0]))
-        x = SOLVERS[track.facts.solver](teacher, x, conditions[part].to(device), times, guidance_scale=track.guidance)
-        parts.append(x.float().cpu())
-    return Samples(torch.cat(parts), steps * teacher.evaluations(track.guidance))
+    parts, evaluations = [], 0
+    for start in range(0, len(conditions), track.at_once):
+        part = slice(start, min(start + track.at_once, len(conditions)))
+        samples = track.sample_teacher(conditions[part].to(device), list(seeds[part]), steps)
+        parts.append(samples.x.float().cpu())
+        evaluations = samples.evaluations
+    return Samples(torch.cat(parts), evaluations)
 
 
 def _reference(resolved: Resolved, store: Store, say: Report) -> RunRecord:
     job, record = resolved.job, resolved.record
-    track = get_track(job.track)
+    track = get_track(job.track, job.teacher, job.data)
     folder = store.student_folder(record.id)
     folder.mkdir(parents=True, exist_ok=True)
     scores, evaluations = {}, {}
@@ -244,22 +240,33 @@ def _reference(resolved: Resolved, store: Store, say: Report) -> RunRecord:
 
 
 def _keep_preview(folder: Path, steps: int, x: Tensor, track: Track) -> None:
-    """Some of the samples, evenly over the conditions, for pictures."""
+    """Some of the samples, evenly over the conditions, for pictures; nothing where a track has none of its truth."""
+    if not len(x):
+        return
     rows = torch.linspace(0, len(x) - 1, min(track.preview, len(x))).long()
     conditions, _ = track.evaluation()
-    labels = conditions[rows].field("label") if "label" in conditions else torch.zeros(len(rows))
-    save_file({"x": x[rows].half(), "label": labels.short()}, folder / f"preview-{steps}.safetensors")
+    shown = conditions[rows]
+    labels = shown.field("label") if "label" in shown else torch.zeros(len(rows))
+    keep_pictures(folder, steps, track.pictures(x[rows]), labels, shown.field("prompt") if "prompt" in shown else None)
+
+
+def keep_pictures(folder: Path, steps: int, pictures: Tensor, labels: Tensor, prompts: Sequence[str] | None) -> None:
+    """What `pictures.preview` reads: pictures as `Track.pictures` gives them, their labels (n,), and their prompts if they have any."""
+    said = None if prompts is None else {"prompts": json.dumps(list(prompts))}
+    kept = {"x": pictures.half().contiguous(), "label": labels.short()}
+    save_file(kept, folder / f"preview-{steps}.safetensors", metadata=said)
 
 
 # ---------------------------------------------------------------------- files and memory
 
 
-def _save_student(student: Student, folder: Path) -> Path:
+def _save_student(student: Student, track: Track, folder: Path) -> Path:
     """Whole or not at all; an older attempt at the same run is replaced."""
     beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     student.save(beside)
+    track.export(student, beside)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)
     return folder
@@ -279,7 +286,8 @@ def _parameters(student: Student, steps: Sequence[int]) -> int | None:
     return max(sum(p.numel() for p in {id(p): p for m in student.networks(n) for p in m.parameters()}.values()) for n in steps) or None
 
 
-def _reset_peak_memory(device: str) -> None:
+def reset_peak_memory(device: str) -> None:
+    """Begin a new peak."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         return
@@ -287,7 +295,7 @@ def _reset_peak_memory(device: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_memory(device: str) -> float:
+def peak_memory(device: str) -> float:
     """Megabytes at the peak: of the accelerator, or of the process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20

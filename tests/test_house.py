@@ -17,14 +17,15 @@ from distillbench.tracks.facts import FACTS
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors", "info", "uncharged", "randomness", "conditions", "budget", "api", "record_checks", "records", "config", "discovery",
-     "diffusion", "networks", "statistics"},
+     "diffusion", "networks", "statistics", "torchvision_repair", "published_weights"},
     {"parts", "teachers", "data", "metrics"},
     {"tracks", "training"},
     {"store", "jobs", "published"},
     {"claims", "leaderboard"},
-    {"runner", "latency", "pool", "bench", "execution", "display", "remaining", "logs", "closing", "pictures", "listing", "report",
+    {"runner", "latency", "latency_stages", "latency_subjects",
+     "pool", "bench", "execution", "display", "remaining", "logs", "closing", "pictures", "listing", "report",
      "publish", "doctor", "conformance", "methods_table", "gate", "tuning", "testing", "scaffold", "submission", "packing",
-     "agreement", "verification"},
+     "agreement", "verification", "scoring", "scoring_images"},
     {"cli_options", "commands", "cli"},
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -15,6 +15,7 @@ from .labels import distinct_labels, trainings
 
 NOT_RUN = "not run"
 SELF_REPORTED = "self-reported"
+RELEASED = "released"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One method in one setting under one budget at one step count; or a reference (teacher, truth), which is not ranked."""
+    """One method in one setting under one budget at one step count; or, not ranked, a reference (teacher, truth) or a released model."""
 
     kind: str
     label: str
@@ -86,11 +87,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Board:
-    """One track's rows in order: by budget, by evaluations, by the main score. `columns` are score names."""
+    """One track's rows in order: by budget, by evaluations, by the main score. `columns` are score names.
+
+    stages: the latest measurement of each whole pipeline, by stages; not of rows alone, for a pipeline may be timed and not scored.
+    """
 
     facts: TrackFacts
     rows: tuple[Row, ...]
     columns: tuple[str, ...]
+    stages: tuple[LatencyRecord, ...] = ()
 
     @classmethod
     def from_records(
@@ -102,6 +107,7 @@ class Board:
         reported: what nobody but its author has run; it never shares a row, or a latency, with the others.
         """
         facts = facts_of(track) if isinstance(track, str) else track
+        latencies = list(latencies)
         mine = [record for record in records if record.track == facts.id]
         sent = [record for record in reported if record.track == facts.id]
         refuse_two_identities([*mine, *sent])
@@ -110,7 +116,7 @@ class Board:
         rows += [replace(row, label=f"{row.label} ({SELF_REPORTED})", self_reported=True) for row in sent_rows]
         present = {name for row in rows for name in row.cells}
         columns = [name for name in facts.columns if name in present]
-        return cls(facts, tuple(_ranked(rows, facts)), tuple(columns + sorted(present - set(columns))))
+        return cls(facts, tuple(_ranked(rows, facts)), tuple(columns + sorted(present - set(columns))), latest_stages(latencies, facts.id))
 
     @property
     def budgets(self) -> list[dict[str, Any]]:
@@ -135,7 +141,7 @@ def refuse_two_identities(records: Sequence[RunRecord]) -> None:
     """A name is one quantity: two identities under it are never ranked, averaged or printed together."""
     seen: dict[str, tuple[str, dict[str, Any], str]] = {}
     for record in records:
-        for score in (score for scores in record.scores.values() for score in scores):
+        for score in (score for scores in record.scores.values() for score in scores if score["value"] is not None):
             key = score_key(score["identity"])
             known_key, known, known_in = seen.setdefault(score["name"], (key, score["identity"], record.id))
             if key != known_key:
@@ -185,7 +191,8 @@ def _row(steps: int, group: list[RunRecord], label: str, count: int, latencies: 
         why = next(record.status for record in group if not record.ok)
         status = why if not done else f"{len(done)} of {len(group)} seeds; {why}"
     return Row(
-        kind=first.kind, label=label, method=first.method, steps=steps, status=status, config=first.config, budget=first.budget,
+        kind=first.kind, label=f"{label} ({RELEASED})" if first.kind == RELEASED else label, method=first.method, steps=steps,
+        status=status, config=first.config, budget=first.budget,
         evaluations=next((record.evaluations[str(steps)] for record in done), None),
         cells={name: _cell(name, steps, done) for name in names},
         data_access=first.data_access, family=first.family, trained_for=tuple(first.trained_for), trainings=count,
@@ -225,8 +232,19 @@ def _cell(name: str, steps: int, records: Sequence[RunRecord]) -> Cell:
 def _latency(first: RunRecord, steps: int, ids: set[str], latencies: Sequence[LatencyRecord]) -> dict[int, LatencyRecord]:
     """The latest measurement for each batch size of one of these runs, or of the teacher."""
     subjects = {"teacher"} if first.kind == "reference" and first.method == "teacher" else ids
-    mine = [record for record in latencies if record.subject in subjects and record.steps == steps]
+    mine = [record for record in latencies if record.subject in subjects and record.steps == steps and record.stages is None]
     return {record.batch: record for record in sorted(mine, key=lambda record: record.created)}
+
+
+def latest_stages(latencies: Iterable[LatencyRecord], track: str) -> tuple[LatencyRecord, ...]:
+    """The latest record by stages of each subject, step count, batch, compilation, device and thread count; the teacher last."""
+    found: dict[tuple[Any, ...], LatencyRecord] = {}
+    for record in sorted(latencies, key=lambda record: record.created):
+        if record.track == track and record.stages is not None:
+            compiled = record.stages["compiled"]
+            key = (record.batch, compiled, record.subject == "teacher", record.steps, record.stages["label"], record.subject)
+            found[(*key, record.device_class, record.threads, record.dtype)] = record
+    return tuple(found[key] for key in sorted(found))
 
 
 def _budget_key(budget: Mapping[str, Any] | None) -> tuple[str, float]:

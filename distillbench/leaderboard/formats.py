@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import texts
+from . import stages, texts
 from .board import NOT_RUN, Board, Row
 from .verdict import verdict
 
@@ -159,12 +159,22 @@ def render_markdown(board: Board) -> str:
         parts += [f"### {title}", about]
         if rows:
             columns = _paper_columns(board, rows, _MARKDOWN)
-            cells = zip(*(cells for _, cells in columns), strict=True)
-            lines = [[header for header, _ in columns], ["---"] * len(columns), *map(list, cells)]
-            parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+            parts.append(_pipes(columns))
             parts += ["\n".join(f"- {_MARKDOWN.escape(line)}" for line in texts.reasons(rows))] if texts.reasons(rows) else []
             parts.append(f"**{_MARKDOWN.escape(verdict(board, rows))}**")
+    if board.stages:
+        parts.append(f"### {stages.TITLE}")
+        for table in (stages.times(board.stages), stages.costs(board.stages)):
+            parts.append(_pipes([(header, [_MARKDOWN.escape(cell) for cell in cells]) for header, cells in table]))
+        parts.append(_MARKDOWN.escape(stages.notes(board.stages)))
     return "\n\n".join([*parts, _MARKDOWN.escape(texts.glossary(board))]) + "\n"
+
+
+def _pipes(columns: Sequence[tuple[str, list[str]]]) -> str:
+    """Headers and escaped cells as a Markdown table."""
+    cells = zip(*(cells for _, cells in columns), strict=True)
+    lines = [[header for header, _ in columns], ["---"] * len(columns), *map(list, cells)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def render_latex(board: Board) -> str:

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import texts
+from ..records import LatencyRecord
+from . import stages, texts
 from .board import Board, Row
 from .verdict import verdict
 
@@ -37,6 +38,8 @@ def render_terminal(board: Board, width: int = 100, color: bool = False) -> str:
         if i:
             console.print()
         _one_budget(console, board, budget)
+    if board.stages:
+        print_stages(console, board.stages)
     if board.rows:
         console.print(Text(texts.glossary(board), style="dim"))
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
@@ -123,7 +126,7 @@ def _cost_table(board: Board, rows: Sequence[Row]) -> Table:
     """One line a training: what it used, spent and left."""
     lines: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        if row.kind == "run":
+        if row.kind != "reference":
             lines.setdefault((row.label, row.run_ids), row)
     teacher = next((row for row in rows if row.method == "teacher" and row.kind == "reference"), None)
     facts = board.facts
@@ -159,4 +162,20 @@ def _print_latency(console: Console, board: Board, rows: Sequence[Row]) -> None:
     bases = {record.reference_steps for row in rows for record in row.latency.values()}
     shown = [row for row in rows if row.kind == "run" or (row.latency and row.steps in bases)]
     console.print(_table([*named, *measured], shown, sections=False))
+    console.print()
+
+
+def print_stages(console: Console, records: Sequence[LatencyRecord]) -> None:
+    """Latency of whole pipelines by stages: times, then what they cost."""
+    console.print(Text(stages.TITLE, style="bold"))
+    for columns in (stages.times(records), stages.costs(records)):
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+        for header, _ in columns:
+            label = header == "method"
+            table.add_column(header, justify="left" if label else "right", max_width=LABEL_WIDTH if label else None, overflow="fold")
+        for cells in zip(*(cells for _, cells in columns), strict=True):
+            table.add_row(*map(Text, cells))
+        console.print(table)
+        console.print()
+    console.print(Text(stages.notes(records), style="dim"))
     console.print()

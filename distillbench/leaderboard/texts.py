@@ -8,7 +8,7 @@ from typing import Any
 
 from ..records import LatencyRecord
 from ..tracks.facts import TrackFacts
-from .board import NOT_RUN, SELF_REPORTED, Board, Row
+from .board import NOT_RUN, RELEASED, SELF_REPORTED, Board, Row
 
 DASH = "–"  # does not apply: references have no rank, no budget and no training
 
@@ -182,7 +182,19 @@ def heading(board: Board, rows: Sequence[Row], budget: dict[str, Any] | None) ->
     if budget is not None and budget_name(budget, facts) in facts.budgets:
         allowance += f" = {count_text(budget['amount'])} passes"
     charged = "A pass is one forward of the teacher's network on one example; the shipped teacher is not charged."
-    return [f"{facts.id}, {allowance}: {facts.title}", f"Teacher: {teacher}. {charged}"]
+    return [f"{facts.id}, {allowance}: {facts.title}", f"Teacher: {teacher}. {charged} {coverage(board)}"]
+
+
+def coverage(board: Board) -> str:
+    """How much there is to compare: under each named budget the methods and the fewest and most seeds of their rows."""
+    told = []
+    for name in board.facts.budgets:
+        rows = [row for row in board.rows if row.competes and row.seeds and row.budget is not None and row.budget["name"] == name]
+        seeds = sorted({len(row.seeds) for row in rows})
+        methods = len({row.method for row in rows})
+        span = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' if seeds[0] > 1 else ''}" if seeds else ""
+        told.append(f"{name} {methods} method{'s' if methods > 1 else ''}, {span}" if rows else f"{name} none")
+    return f"Coverage: {'; '.join(told)}."
 
 
 def glossary(board: Board) -> str:
@@ -199,6 +211,8 @@ def glossary(board: Board) -> str:
         words.append("seconds: processor seconds of a run on the processor, the clock's of one elsewhere or of a record without them")
     if any(row.self_reported for row in board.rows):
         words.append(f"{SELF_REPORTED}: sent in by its author and not rerun by anyone else yet, so neither ranked nor concluded about")
+    if any(row.kind == RELEASED for row in board.rows):
+        words.append(f"{RELEASED}: trained elsewhere at an unknown cost and scored as it is, under no budget, so not ranked")
     if any(row.trainings > 1 for row in board.rows):
         words.append("k x budget: a student was trained for each step count")
     if any(record.flagged for row in board.rows for record in row.latency.values()):

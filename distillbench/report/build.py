@@ -18,7 +18,7 @@ from ..published import published_evidence, published_folder
 from ..records import RunRecord
 from ..store import Store
 from ..tracks.facts import FACTS, TrackFacts
-from . import captions, curves, figures, look, pages, robust, runs, samples, tables
+from . import captions, curves, figures, look, pages, prompts, robust, runs, samples, tables
 
 if TYPE_CHECKING:  # claims.py loads tracks, and with them torch
     from ..claims import Decision
@@ -108,7 +108,10 @@ def _write_track(track: TrackData, out: Path, looks: figures.Looks, say: Say) ->
     board, facts = track.board, track.facts
     say(f"{facts.id}: figures")
     with look.drawing():
-        drawn = [figure for figure in (_passes(board, out, looks), _latency(board, out, looks), _samples(track, out, looks)) if figure]
+        shown = _prompts(track, out, looks) or _samples(track, out, looks)
+        drawn = [
+            figure for figure in (_passes(board, out, looks), _latency(board, out, looks), _categories(board, out, looks), shown) if figure
+        ]
     for ending, form in (("tex", "latex"), ("csv", "csv")):
         (out / "tables" / f"{facts.name}.{ending}").write_text(render(board, form), encoding="utf-8")
     boards = tables.tables(board, track.records)
@@ -160,6 +163,26 @@ def _samples(track: TrackData, out: Path, looks: figures.Looks) -> dict[str, Any
     alt = f"Samples of {captions.listed([*found.top, *found.rows])} side by side."
     return {"name": name, "narrow": False, "kind": "points" if found.points else "images", "alt": alt,
             "caption": captions.of_samples(track.board, found, SHOWN), "places": None}  # fmt: skip
+
+
+def _prompts(track: TrackData, out: Path, looks: figures.Looks) -> dict[str, Any] | None:
+    found = prompts.grid(track.board, track.stores)
+    if found is None:
+        return None
+    name = f"{track.facts.name}-prompts"
+    look.save(prompts.draw_grid(found, looks), out / "figures", name)
+    alt = f"Images of {len(found.prompts)} prompts, a line for each method and number of evaluations."
+    return {"name": name, "narrow": False, "kind": "images", "alt": alt, "caption": captions.of_prompts(track.board, found), "places": None}
+
+
+def _categories(board: Board, out: Path, looks: figures.Looks) -> dict[str, Any] | None:
+    found = prompts.bars(board)
+    if not found:
+        return None
+    name = f"{board.facts.name}-categories"
+    look.save(prompts.draw_bars(found, looks), out / "figures", name)
+    alt = "Shares of right answers by category; the numbers are in the boards below."
+    return {"name": name, "narrow": False, "kind": "chart", "alt": alt, "caption": captions.of_categories(board), "places": None}
 
 
 def _write_runs(tracks: Sequence[TrackData], out: Path, say: Say) -> None:

@@ -9,6 +9,7 @@ from ..leaderboard.texts import count_text
 from ..listing import metric_rows
 from ..tracks.facts import TrackFacts
 from .curves import RESAMPLES, Panel, Place, most_evaluations
+from .prompts import PromptGrid
 from .samples import Grid
 
 BRIEF = {"sliced-w2": "Wasserstein distance between the samples and the truth"}  # the glossary tells of two scores at once
@@ -117,6 +118,23 @@ def of_samples(board: Board, grid: Grid, evaluations: Sequence[int]) -> str:
         f"(trained under budget {grid.budget}, first seed) with {listed(map(str, evaluations))} network evaluations. {what} The teacher "
         "and all students start from the same noise and the same classes, so that the same place in two panels can be compared; truth "
         "is drawn from the data. Samples are not selected."
+    )
+
+
+def of_prompts(board: Board, grid: PromptGrid) -> str:
+    return (
+        f"The same {len(grid.prompts)} captions on {board.facts.id} by truth, by the teacher and by every method (trained under budget "
+        f"{grid.budget}, first seed); the number behind a name is that of network evaluations. A column has one caption and, for teacher "
+        "and students, one starting noise. Captions stand evenly spaced in the list that is scored; nothing is selected."
+    )
+
+
+def of_categories(board: Board) -> str:
+    return (
+        f"What a checker reads right in the images on {board.facts.id}, by category, as GenEval has them. object: every shape asked for is "
+        "there; count: as many as asked for; colour: of single objects; position: the place, or how two objects stand to each other; "
+        "binding: of two objects each has its own colour. Marks are shares of the images whose caption states it, whiskers 95 % intervals "
+        "over captions. Truth is seen through the teacher's autoencoder: it is the ceiling."
     )
 
 

@@ -36,6 +36,10 @@ class Chart:
 def command_of(record: RunRecord) -> str:
     """The command line that runs this again, apart from the number of threads and the device."""
     track = record.track.partition("@")[0]
+    if record.kind == "released":
+        told = [("pipeline", record.label.partition("(")[0]), ("steps", ",".join(map(str, record.steps))), ("track", track)]
+        told += [(name, as_text(record.config[name])) for name in ("guidance", "scheduler") if name in record.config]
+        return shlex.join(["distillbench", "score", *(word for name, value in told for word in (f"--{name}", value))])
     if record.kind == "reference" or record.budget is None:
         return f"distillbench bench {shlex.quote(track)}"
     own_file = next(

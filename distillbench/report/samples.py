@@ -17,6 +17,7 @@ from ..store import Store
 
 SIDE = 320  # pixels of a picture of points
 PER_CLASS = 4  # images of each class
+ACROSS = 10  # colour images in a line
 CLASS_COLOURS = np.array([
     [0, 114, 178], [213, 94, 0], [0, 158, 115], [204, 121, 167], [86, 180, 233], [230, 159, 0], [148, 103, 189], [127, 127, 127],
     [140, 86, 75], [188, 189, 34],
@@ -50,8 +51,10 @@ def limit_of(panels: Sequence[Panel]) -> float:
 
 
 def picture(panel: Panel, limit: float) -> np.ndarray:
-    """(h, w, 4) bytes: points in the colour of their class on nothing, or images in ink on paper, a column a class."""
-    return _points(panel.x, panel.label, limit) if panel.x.ndim == 2 else _images(panel.x[:, 0], panel.label)
+    """(h, w, 4) bytes: points in the colour of their class on nothing, grey images in ink on paper, a column a class, or colour images."""
+    if panel.x.ndim == 2:
+        return _points(panel.x, panel.label, limit)
+    return _images(panel.x[:, 0], panel.label) if panel.x.shape[1] == 1 else _colours(panel.x)
 
 
 def _points(x: np.ndarray, label: np.ndarray, limit: float) -> np.ndarray:
@@ -75,6 +78,15 @@ def _images(x: np.ndarray, label: np.ndarray) -> np.ndarray:
             sheet[row * height : (row + 1) * height, column * width : (column + 1) * width] = image
     grey = np.round(255 * (1 - (np.clip(sheet, -1, 1) + 1) / 2)).astype(np.uint8)
     return np.stack([grey, grey, grey, np.full_like(grey, 255)], axis=2)
+
+
+def _colours(x: np.ndarray) -> np.ndarray:
+    """Colour images in lines of ACROSS."""
+    lines = min(PER_CLASS, max(1, len(x) // ACROSS))
+    shown = np.concatenate([x, np.ones((max(0, lines * ACROSS - len(x)), *x.shape[1:]))])[: lines * ACROSS]
+    sheet = shown.reshape(lines, ACROSS, *x.shape[1:]).transpose(0, 3, 1, 4, 2).reshape(lines * x.shape[2], ACROSS * x.shape[3], 3)
+    pixels = np.round(255 * (np.clip(sheet, -1, 1) + 1) / 2).astype(np.uint8)
+    return np.concatenate([pixels, np.full((*pixels.shape[:2], 1), 255, np.uint8)], axis=2)
 
 
 def grid(board: Board, stores: Sequence[Store], evaluations: Sequence[int]) -> Grid | None:

@@ -14,6 +14,8 @@ class TrackFacts:
     glossary: what the scores mean, one line.  teacher: the teacher in a few words.  solver: of its rows.
     budgets: teacher passes under S, M and L.  latency_batch: the batch of the track's second latency column.
     tuned_on: the distance that tuning minimises; it sees a student that leaves modes out.  claim_seeds: fewest that decide a claim.
+    extra: the optional packages that it needs, as in `pip install 'distillbench[images]'`.
+    folder: of its published records within `leaderboards/`, if it is not the name.
     """
 
     id: str
@@ -27,10 +29,39 @@ class TrackFacts:
     tuned_on: str
     claim_seeds: int
     solver: str = "ddim"
+    extra: str = ""
+    folder: str = ""
 
     @property
     def name(self) -> str:
         return self.id.partition("@")[0]
+
+
+def _shapes(identity: str, format: str, teacher: str, solver: str, small: float) -> TrackFacts:
+    """The facts of one of the two tracks on captioned scenes; what they measure is the same."""
+    return TrackFacts(
+        id=identity,
+        title=f"captioned scenes of coloured shapes, 32x32, teacher in {format}'s format",
+        main="fd",
+        columns=("fd", "kid", "attributes", "object", "count", "colour", "position", "binding", "whole", "clipcos", "precision", "recall",
+                 "density", "coverage", "diversity", "vendi", "fidelity-fd"),
+        glossary=(
+            "fd, kid: Fréchet and kernel distance to real scenes on ImageNet features (efflite0-b10@64, not FID); attributes: mean of the "
+            "five categories; object, count, colour, position and binding: images in which a checker reads right what the caption states; "
+            "whole: images with all that the caption says; clipcos: agreement with the caption in a small CLIP trained on scenes; "
+            "precision, density: samples near real scenes; recall, coverage: real scenes near samples; diversity: between images of one "
+            "caption; vendi: effective number of different images; "
+            "fidelity-fd: fd to the teacher's samples"
+        ),
+        teacher=teacher,
+        budgets={"S": small, "M": 4 * small, "L": 16 * small},
+        latency_batch=16,
+        tuned_on="fd",
+        claim_seeds=5,
+        solver=solver,
+        extra="images",
+        folder=identity.partition("@")[0].replace("-", "/"),
+    )  # fmt: skip
 
 
 FACTS: dict[str, TrackFacts] = {
@@ -67,7 +98,72 @@ FACTS: dict[str, TrackFacts] = {
         tuned_on="fd",
         claim_seeds=5,
     ),
+    "shapes-sd": _shapes(
+        "shapes-sd@1", "Stable Diffusion", "latent U-Net, text encoder and autoencoder in Stable Diffusion's formats", "DDIMScheduler", 3e5
+    ),
+    "shapes-sana": _shapes(
+        "shapes-sana@1",
+        "SANA",
+        "latent flow transformer, text encoder and autoencoder in SANA's formats",
+        "FlowMatchEulerDiscreteScheduler",
+        4e5,
+    ),
 }
+
+
+def _published(identity: str, title: str, columns: tuple[str, ...], glossary: str, teacher: str, small: float, batch: int) -> TrackFacts:
+    """The facts of a track that scores as papers do; its definition is in the module of its name."""
+    stand_in = "fd: the same distance on ImageNet features (efflite0-b10@64, not FID), which need no published weights"
+    return TrackFacts(
+        id=identity, title=title, main="fid", columns=(*columns, "fd"), glossary=f"{glossary}; {stand_in}", teacher=teacher,
+        budgets={"S": small, "M": 4 * small, "L": 16 * small}, latency_batch=batch, tuned_on="fid", claim_seeds=5,
+        solver="the pipeline's own scheduler", extra="published",
+    )  # fmt: skip
+
+
+# Tracks whose teacher or data are the user's own files: nothing of them is shipped or published, so only who names one meets it.
+EXTERNAL: dict[str, TrackFacts] = {
+    "emoji": TrackFacts(
+        id="emoji@1",
+        title="Google's emoji with their names as captions, 64x64",
+        main="fd",
+        columns=("fd", "kid", "label-agreement", "precision", "recall", "density", "coverage", "diversity", "vendi"),
+        glossary=(
+            "fd, kid: Fréchet and kernel distance to held-out drawings on ImageNet features (efflite0-b10@64, not FID); label-agreement: "
+            "samples that a linear classifier on those features gives the category of their caption; precision, density: samples near real "
+            "drawings; recall, coverage: real drawings near samples; diversity: between images of one caption; vendi: effective number of "
+            "different images"
+        ),
+        teacher="no teacher yet: `distillbench zoo train emoji --data PATH` makes one, given as --teacher",
+        budgets={"S": 2e5, "M": 8e5, "L": 3.2e6},
+        latency_batch=16,
+        tuned_on="fd",
+        claim_seeds=5,
+        solver="DDIMScheduler",
+        extra="images",
+    ),
+    "coco-sd15": _published(
+        "coco-sd15@1", "Stable Diffusion 1.5 on 30,000 captions of COCO-2014, 512x512 scored at 256", ("fid", "clip"),
+        "fid: FID (clean, Inception-2015) to COCO's images; clip: cosine to the caption in OpenCLIP ViT-g/14, behind 'A photo depicts'",
+        "Stable Diffusion 1.5, given as --teacher", 1e6, 8,
+    ),
+    "coco-sdxl": _published(
+        "coco-sdxl@1", "Stable Diffusion XL on 10,000 captions of COCO-2014, 1024x1024", ("fid", "patch-fid", "clip"),
+        "fid: FID (clean, Inception-2015) to COCO's images at 512; patch-fid: the same of 299-pixel patches from the middle; clip: cosine "
+        "to the caption in OpenCLIP ViT-g/14, behind 'A photo depicts'",
+        "Stable Diffusion XL, given as --teacher", 1e6, 4,
+    ),
+    "mjhq-sana": _published(
+        "mjhq-sana@1", "SANA on the 30,000 prompts of MJHQ-30K, 1024x1024", ("fid", "clip", "hps"),
+        "fid: FID (legacy_pytorch, Inception-2015) to MJHQ's images at 1024; clip: cosine to the prompt in OpenAI's CLIP ViT-L/14; hps: "
+        "HPSv2.1",
+        "SANA, given as --teacher", 1e6, 4,
+    ),
+    "cifar10": _published(
+        "cifar10@1", "CIFAR-10 without labels, 50,000 samples against the training set, 32x32", ("fid",),
+        "fid: FID (legacy_tensorflow, Inception-2015) to the training images", "a DDPM U-Net, given as --teacher", 1e7, 64,
+    ),
+}  # fmt: skip
 
 
 def _validation(facts: TrackFacts) -> TrackFacts:
@@ -83,7 +179,7 @@ VALIDATION = {f"{name}{VALIDATES}": _validation(facts) for name, facts in FACTS.
 def facts_of(track: str) -> TrackFacts:
     """The facts of a track by name or name@version; raises `UsageError` with the nearest names."""
     name = track.partition("@")[0]
-    known = FACTS | VALIDATION
+    known = FACTS | EXTERNAL | VALIDATION
     if name not in known or track not in (name, known[name].id):
-        raise unknown("track", track, [facts.id if "@" in track else key for key, facts in FACTS.items()])
+        raise unknown("track", track, [facts.id if "@" in track else key for key, facts in (FACTS | EXTERNAL).items()])
     return known[name]

@@ -18,18 +18,55 @@ from distillbench.store import Store
 
 COMMANDS = {
     "list": {"what", "--json"},
-    "run": {"method", "track", "--budget", "--seed", "--steps", "--set", "--store", "--resume", "--log"},
-    "bench": {"track", "--methods", "--budget", "--seeds", "--jobs", "--store", "--plan", "--log"},
+    "run": {"method", "track", "--budget", "--seed", "--steps", "--set", "--teacher", "--data", "--store", "--resume", "--log"},
+    "bench": {"track", "--methods", "--budget", "--seeds", "--teacher", "--data", "--jobs", "--store", "--plan", "--log"},
     "board": {"track", "--store", "--published", "--format"},
     "show": {"run_id", "--store"},
     "zoo": set(),
     "check": {"target"},
-    "doctor": set(),
+    "doctor": {"track", "--teacher", "--data"},
     "demo": {"--out"},
     "claims": {"method", "--track", "--seeds", "--published", "--jobs", "--log", "--store"},
     "gate": {"target", "--against", "--track", "--budget", "--seeds", "--margin", "--jobs", "--log", "--store"},
     "tune": {"method", "track", "--out", "--jobs", "--log", "--store"},
+    "latency": {
+        "track",
+        "--pipeline",
+        "--revision",
+        "--lora",
+        "--guidance",
+        "--steps",
+        "--batch",
+        "--compile",
+        "--rounds",
+        "--threads",
+        "--device",
+        "--format",
+        "--teacher",
+        "--data",
+        "--store",
+    },
     "new": {"path", "--id"},
+    "score": {
+        "--pipeline",
+        "--track",
+        "--revision",
+        "--lora",
+        "--steps",
+        "--guidance",
+        "--scheduler",
+        "--images",
+        "--reference",
+        "--captions",
+        "--n",
+        "--resize",
+        "--metrics",
+        "--weights",
+        "--data",
+        "--device",
+        "--format",
+        "--store",
+    },
     "report": {"--store", "--published", "--out"},
     "submit": {"method", "--track", "--budget", "--source", "--store", "--out"},
     "verify": {"file", "--method", "--seed", "--store"},
@@ -49,7 +86,7 @@ def test_commands_and_options_are_these():
     assert {name: options_of(command) for name, command in cli.commands.items()} == COMMANDS
     assert set(cli.commands["zoo"].commands) == {"list", "train"}
     defaults = {param.opts[0]: param.default for name in ("run", "bench") for param in cli.commands[name].params}
-    assert (defaults["--budget"], defaults["--seed"], defaults["--steps"], defaults["--resume"]) == ("S", 0, "1,2,4", True)
+    assert (defaults["--budget"], defaults["--seed"], defaults["--steps"], defaults["--resume"]) == ("S", 0, None, True)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,0 +1,171 @@
+"""`distillbench zoo train emoji --data PATH`: a Stable-Diffusion-format pipeline for emoji, 64x64. Not shipped: nobody has trained it yet.
+
+Autoencoder, U-Net and text encoder are those of `shapes-sd`, wider and on 16 x 16 latents; the autoencoder is trained first, then U-Net
+and text encoder together, a tenth of the captions dropped for guidance. Held-out drawings are never seen. Runs on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import string
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.emoji import EmojiSet, load_emoji
+from ..randomness import generator_for
+from ..torchvision_repair import repair_torchvision
+from .cards import CARD
+from .diffusers import quiet
+from .shapes import EMA, UNCONDITIONAL, UNET, WARM_UP, Parts, noisy
+from .shapes_autoencoders import KL_CONFIG, NOISE, PENALTY, as_input, latents_of
+from .shapes_pipelines import PIPELINE, assembled, pipeline_sha256
+from .shapes_text import LENGTH, clip_encoder, embed, seeded, token_ids
+
+AUTOENCODER_STEPS, STEPS = 12_000, 40_000
+BATCH = 128
+LEARNING_RATE = {"autoencoder": 2e-3, "denoiser": 1e-3}
+GUIDANCE = 2.0
+AUTOENCODER: dict[str, Any] = KL_CONFIG | {"sample_size": 64, "block_out_channels": (32, 64, 96)}
+NETWORK: dict[str, Any] = UNET | {"sample_size": 16, "block_out_channels": (96, 160), "layers_per_block": 2}
+
+Loss = Callable[[Tensor], Tensor]  # of the numbers of a batch's drawings
+
+
+def train(folder: Path, progress: Callable[[str], None], *, data: Path, steps: int | None = None, seed: int = 0,
+          autoencoder_steps: int | None = None, batch: int = BATCH, autoencoder: dict[str, Any] | None = None,
+          network: dict[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Make the pipeline in `folder`; returns its card. data: as `load_emoji` takes it.  autoencoder, network: changes of the widths."""
+    drawings = load_emoji(data).split(held_out=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    first = AUTOENCODER_STEPS if autoencoder_steps is None else autoencoder_steps
+    then = STEPS if steps is None else steps
+    began = time.monotonic()
+    vae = fit_autoencoder(drawings, progress, steps=first, seed=seed, batch=batch, device=device, **(autoencoder or {}))
+    parts = fit_denoiser(vae, drawings, progress, steps=then, seed=seed, batch=batch, device=device, **(network or {}))
+    folder.mkdir(parents=True, exist_ok=True)
+    with quiet():
+        assembled(parts).to("cpu", torch.float16).save_pretrained(folder / PIPELINE, safe_serialization=True)
+    settings = {"guidance": GUIDANCE}
+    (folder / PIPELINE / "distillbench.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    longest = max(len(ids) for ids in parts.tokenizer(list(drawings.captions)).input_ids)
+    components = (("denoiser", parts.network), ("text encoder", parts.encoder), ("autoencoder", parts.autoencoder))
+    card = {
+        "name": "emoji",
+        "what": "a StableDiffusionPipeline folder: Google's emoji from their names, 64x64",
+        "recipe": "distillbench zoo train emoji --data PATH",
+        "licence": "Apache-2.0, as the drawings that it was trained on",
+        "data": {"sha256": drawings.sha256, "images": len(drawings)},
+        "cost": {"autoencoder steps": first, "steps": then, "batch": batch, "seed": seed, "seconds": round(time.monotonic() - began),
+                 "device": device},
+        "precision": "files float16, in use float32",
+        "longest caption": f"{longest} of {parts.tokenizer.model_max_length} tokens",
+        "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in components},
+        "guidance_scale": GUIDANCE,
+        "sha256": pipeline_sha256(folder / PIPELINE),
+    }  # fmt: skip
+    (folder / CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return card
+
+
+def fit_autoencoder(drawings: EmojiSet, progress: Callable[[str], None], *, steps: int, seed: int, batch: int, device: str,
+                    **changes: Any) -> Any:  # fmt: skip
+    """An AutoencoderKL with its scaling factor in its config, on the device; the loss of shapes' autoencoders."""
+    repair_torchvision()
+    from diffusers import AutoencoderKL
+
+    model: Any = seeded(lambda: AutoencoderKL(**{**AUTOENCODER, **changes}), seed).to(device).train()
+    generator = generator_for(seed, "emoji/autoencoder", 0)
+    pictures = drawings.images.to(device)
+
+    def loss(rows: Tensor) -> Tensor:
+        x = as_input(pictures[rows.to(device)])
+        z = latents_of(model, x).float()
+        y = model.decode(z + NOISE * torch.randn(z.shape, generator=generator).to(device)).sample.float()
+        return (y - x).abs().mean() + 4 * (y - x).square().mean() + PENALTY * z.square().mean()
+
+    for _ in _steps(model, loss, LEARNING_RATE["autoencoder"], len(drawings), steps, batch, generator, device, "autoencoder", progress):
+        pass
+    model.requires_grad_(False).eval()
+    with torch.no_grad():
+        latents = torch.cat([latents_of(model, as_input(part)) for part in pictures[:1000].split(100)])
+    model.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    return model
+
+
+def fit_denoiser(autoencoder: Any, drawings: EmojiSet, progress: Callable[[str], None], *, steps: int, seed: int, batch: int, device: str,
+                 **changes: Any) -> Parts:  # fmt: skip
+    """All parts, on the device, U-Net and text encoder with averaged weights."""
+    from diffusers import UNet2DConditionModel
+
+    tokenizer = clip_tokenizer(drawings.captions)
+    encoder, network = seeded(lambda: (clip_encoder(tokenizer), UNet2DConditionModel(**{**NETWORK, **changes})), seed)
+    parts = Parts(autoencoder, tokenizer, encoder.to(device), network.to(device), "emoji")
+    generator = generator_for(seed, "emoji/denoiser", 0)
+    with torch.no_grad():
+        pictures = drawings.images.split(100)
+        x = autoencoder.config.scaling_factor * torch.cat([latents_of(autoencoder, as_input(part.to(device))).cpu() for part in pictures])
+    ids, mask = token_ids(tokenizer, drawings.captions)
+    none_ids, none_mask = token_ids(tokenizer, [""])
+
+    def loss(rows: Tensor) -> Tensor:
+        dropped = (torch.rand(len(rows), generator=generator) < UNCONDITIONAL)[:, None]
+        said, heard = torch.where(dropped, none_ids, ids[rows]).to(device), torch.where(dropped, none_mask, mask[rows]).to(device)
+        noise = torch.randn(x[rows].shape, generator=generator)
+        x_t, t, target = (part.to(device) for part in noisy("shapes-sd", x[rows], noise, generator))
+        return (parts.denoise(x_t, t, embed(parts.encoder, said, heard), heard).float() - target).square().mean()
+
+    trained = parts.trained().train()
+    average = copy.deepcopy(trained)
+    rate = LEARNING_RATE["denoiser"]
+    for step in _steps(trained, loss, rate, len(drawings), steps, batch, generator, device, "denoiser", progress):
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(trained.parameters()), 1 - min(EMA, step / (step + 10)))
+    network, encoder = average.eval().requires_grad_(False)
+    return Parts(autoencoder, tokenizer, encoder, network, "emoji")
+
+
+def clip_tokenizer(captions: tuple[str, ...]) -> Any:
+    """A CLIPTokenizer that takes each word of the captions, and each digit, letter and mark, as one token."""
+    repair_torchvision()
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    words = sorted({word for caption in captions for word in re.findall("[a-z]+", caption)})
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    learner.train_from_iterator(words, trainers.BpeTrainer(vocab_size=100_000, show_progress=False, end_of_word_suffix="</w>"))
+    model = json.loads(learner.to_str())["model"]  # merged until every word is one
+    letters = string.ascii_lowercase + string.digits + string.punctuation
+    known = sorted({*model["vocab"], *letters, *(f"{letter}</w>" for letter in letters)})
+    vocabulary = {token: number for number, token in enumerate([*known, "<|startoftext|>", "<|endoftext|>"])}
+    merges: Any = [tuple(pair) for pair in model["merges"]]
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
+
+
+def _steps(model: nn.Module, loss: Loss, rate: float, drawings: int, steps: int, batch: int, generator: torch.Generator, device: str,
+           what: str, progress: Callable[[str], None]) -> Iterator[int]:  # fmt: skip
+    """AdamW under a warm-up and a cosine; yields the number of each step behind it. bfloat16 products but for the last tenth."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+    began, total = time.monotonic(), 0.0
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * min((step + 1) / WARM_UP, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        with torch.autocast(device, torch.bfloat16, enabled=step < 0.9 * steps):
+            found = loss(torch.randint(drawings, (batch,), generator=generator))
+        optimizer.zero_grad()
+        found.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        total += found.item()
+        if step % 500 == 499:
+            left = (time.monotonic() - began) / (step + 1) * (steps - step - 1) / 60
+            progress(f"emoji {what} {step + 1}/{steps}, loss {total / 500:.4f}, about {left:.0f} minutes left")
+            total = 0.0
+        yield step
