@@ -99,14 +99,14 @@ FACTS: dict[str, TrackFacts] = {
         claim_seeds=5,
     ),
     "shapes-sd": _shapes(
-        "shapes-sd@1", "Stable Diffusion", "latent U-Net, text encoder and autoencoder in Stable Diffusion's formats", "DDIMScheduler", 3e5
+        "shapes-sd@1", "Stable Diffusion", "latent U-Net, text encoder and autoencoder in Stable Diffusion's formats", "DDIMScheduler", 2e5
     ),
     "shapes-sana": _shapes(
         "shapes-sana@1",
         "SANA",
         "latent flow transformer, text encoder and autoencoder in SANA's formats",
         "FlowMatchEulerDiscreteScheduler",
-        4e5,
+        3e5,
     ),
 }
 
