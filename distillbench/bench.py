@@ -28,13 +28,14 @@ def default_methods(track: str) -> list[str]:
 
 
 def make_plan(track: str, methods: Sequence[str], *, budget: str, seeds: int, steps: Sequence[int] = STEPS,
-              settings: Mapping[str, str] | None = None, teacher: str | None = None, data: str | None = None) -> list[Job]:  # fmt: skip
+              settings: Mapping[str, str] | None = None, teacher: str | None = None, data: str | None = None,
+              device: str = "cpu") -> list[Job]:  # fmt: skip
     """Every job of the plan, done or not; names, knobs and budget are checked here."""
     from .tracks import get_track
 
     parse_budget(budget, facts_of(track).budgets)
     jobs = plan(facts_of(track).name, methods, budget=budget, seeds=range(seeds), steps=steps,
-                reference_steps=get_track(track).reference_steps, settings=settings, teacher=teacher, data=data)  # fmt: skip
+                reference_steps=get_track(track).reference_steps, settings=settings, teacher=teacher, data=data, device=device)  # fmt: skip
     for job in jobs:
         resolve(job)
     return jobs
@@ -138,7 +139,8 @@ def measure_missing(track: str, store: Store, console: Console, jobs: Sequence[J
         return
     with Display([f"latency, {len(students)} students and the teacher"]) as display:
         shown = get_track(track, jobs[0].teacher, jobs[0].data) if jobs else get_track(track)
-        for latency in measure(shown, students, say=lambda done: display.update(0, done, "rounds" if done < 1 else "ok")):
+        where = jobs[0].device if jobs else "cpu"
+        for latency in measure(shown, students, device=where, say=lambda done: display.update(0, done, "rounds" if done < 1 else "ok")):
             store.add(latency)
 
 

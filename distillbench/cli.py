@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from . import __version__
-from .cli_options import DATA, JOBS, LOG, STORE, TEACHER, numbers
+from .cli_options import DATA, DEVICE, JOBS, LOG, STORE, TEACHER, check_device, numbers
 from .commands import evidence, latency, new, report, score, submission
 from .errors import DistillbenchError, UsageError, unknown
 
@@ -44,12 +44,13 @@ def list_(what: str, as_json: bool) -> None:
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a knob of the method; may be given again.")
 @TEACHER
 @DATA
+@DEVICE
 @STORE
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on from a checkpoint of the same run, or start afresh.")
 @LOG
 def run(
     method: str, track: str, budget: str, seed: int, steps: str | None, settings: tuple[str, ...], teacher: str | None, data: str | None,
-    store_dir: str | None, resume: bool, log: str | None,
+    device: str, store_dir: str | None, resume: bool, log: str | None,
 ) -> None:  # fmt: skip
     """Train METHOD (an id, path.py, path.py:Class) on TRACK within a budget, and score it."""
     from .closing import told
@@ -60,7 +61,9 @@ def run(
 
     store = Store(store_dir)
     counts = None if steps is None else numbers(steps)
-    plan = jobs_here(method, track=track, budget=budget, seed=seed, steps=counts, settings=_settings(settings), teacher=teacher, data=data)
+    check_device(device)
+    plan = jobs_here(method, track=track, budget=budget, seed=seed, steps=counts, settings=_settings(settings), teacher=teacher, data=data,
+                     device=device)  # fmt: skip
     with told(store, plan, log):
         record = merged(run_jobs_here(plan, store, resume=resume, show=True, log=log))
         print_record(record)
@@ -77,13 +80,14 @@ def run(
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(1), help="Number of training seeds.")
 @TEACHER
 @DATA
+@DEVICE
 @JOBS
 @STORE
 @click.option("--plan", "plan_only", is_flag=True, help="Print the plan as JSON and run nothing.")
 @LOG
 def bench(
-    track: str, methods: str | None, budget: str, seeds: int, teacher: str | None, data: str | None, jobs: int, store_dir: str | None,
-    plan_only: bool, log: str | None,
+    track: str, methods: str | None, budget: str, seeds: int, teacher: str | None, data: str | None, device: str, jobs: int,
+    store_dir: str | None, plan_only: bool, log: str | None,
 ) -> None:  # fmt: skip
     """Run what is missing of a plan, measure latency, and print the leaderboard."""
     from rich.console import Console
@@ -94,7 +98,8 @@ def bench(
     from .store import Store
 
     chosen = benching.default_methods(track) if methods is None else list(discover()) if methods == "all" else _names(methods)
-    plan = benching.make_plan(track, chosen, budget=budget, seeds=seeds, teacher=teacher, data=data)
+    check_device(device)
+    plan = benching.make_plan(track, chosen, budget=budget, seeds=seeds, teacher=teacher, data=data, device=device)
     store = Store(store_dir)
     if plan_only:
         missing = {id(job) for job in benching.still_missing(plan, store)}

@@ -20,15 +20,16 @@ from .store import Store
 
 def run_here(method: Any, *, track: str, budget: str, seed: int, steps: Sequence[int] | None, settings: Mapping[str, Any] | None,
              store: str | Path | None, resume: bool, show: bool, log: str | None = None,
-             teacher: str | Path | None = None, data: str | Path | None = None) -> RunRecord:  # fmt: skip
+             teacher: str | Path | None = None, data: str | Path | None = None, device: str = "cpu") -> RunRecord:  # fmt: skip
     """See `distillbench.run`."""
-    jobs = jobs_here(method, track=track, budget=budget, seed=seed, steps=steps, settings=settings, teacher=teacher, data=data)
+    jobs = jobs_here(method, track=track, budget=budget, seed=seed, steps=steps, settings=settings, teacher=teacher, data=data,
+                     device=device)  # fmt: skip
     return merged(run_jobs_here(jobs, Store(store), resume=resume, show=show, log=log))
 
 
 def jobs_here(method: Any, *, track: str, budget: str, seed: int, steps: Sequence[int] | None,
               settings: Mapping[str, Any] | None, teacher: str | Path | None = None,
-              data: str | Path | None = None) -> list[Job]:  # fmt: skip
+              data: str | Path | None = None, device: str = "cpu") -> list[Job]:  # fmt: skip
     """The trainings that one method needs for these step counts; everything that can be looked up is checked."""
     target = target_of(method)
     possible = find(target).info.steps
@@ -38,7 +39,7 @@ def jobs_here(method: Any, *, track: str, budget: str, seed: int, steps: Sequenc
         raise UsageError(f"{target} is made for {', '.join(map(str, possible))} steps, not {', '.join(map(str, steps)) or 'none'}")
     told = {name: as_text(value) for name, value in (settings or {}).items()}
     own, real = (None if path is None else str(path) for path in (teacher, data))
-    jobs = [Job(target, track, budget, seed, part, told, teacher=own, data=real) for part in split(target, steps)]
+    jobs = [Job(target, track, budget, seed, part, told, device=device, teacher=own, data=real) for part in split(target, steps)]
     for job in jobs:
         resolve(job)
     return jobs

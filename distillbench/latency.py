@@ -56,6 +56,10 @@ def measure(track: Track, students: Mapping[tuple[str, int], Student], *, device
             say: Callable[[float], None] | None = None) -> list[LatencyRecord]:  # fmt: skip
     """Latency records of students (by run id and steps) and of the teacher at its reference steps."""
     torch.set_num_threads(threads)
+    for student in students.values():
+        for value in vars(student).values():
+            if isinstance(value, torch.nn.Module):
+                value.to(device)
     conditions, seeds = track.evaluation()
     calls: dict[Key, Callable[[], Any]] = {}
     for batch in sorted({1, track.facts.latency_batch}):

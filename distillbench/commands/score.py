@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..cli_options import DATA, STORE, numbers
+from ..cli_options import DATA, DEVICE, STORE, check_device, numbers
 from ..errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ FORMATS = ("table", "json")
 @click.option("--resize", default=None, type=click.IntRange(1), metavar="SIDE", help="Crop all images to a square and bring it to SIDE.")
 @click.option("--metrics", default=None, metavar="A,B", help="Scores of the images (default: all that can be taken).")
 @click.option("--weights", default=None, metavar="DIR", help="Folder of published weights (default: $DISTILLBENCH_WEIGHTS).")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@DEVICE
 @click.option("--format", "format_", default="table", show_default=True, help="table or json (the record).")
 @STORE
 def score(format_: str, device: str, store_dir: str | None, **options: Any) -> None:
@@ -51,7 +51,7 @@ def score(format_: str, device: str, store_dir: str | None, **options: Any) -> N
     for name in ("track",) if options["pipeline"] is not None else ("reference",):
         if options[name] is None:
             raise UsageError(f"--{name} is missing: name the {'track to score on' if name == 'track' else 'folder of real images'}")
-    _check_device(device)
+    check_device(device)
     chosen = {name: value for name, value in options.items() if name in given}
     record, told = (_pipeline if "pipeline" in given else _images)(chosen, device, store_dir)
     for line in told:
@@ -105,15 +105,6 @@ def _shown(store: Any, name: str, work: Callable[[Report], RunRecord]) -> RunRec
 
 def _kept(store: Any, record: RunRecord) -> str:
     return f"Record {record.id} is in {store.folder / 'records'}"
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UsageError(f"--device {device}: this machine or this torch has no such device; cpu always works") from None
 
 
 def _print(record: RunRecord) -> None:

@@ -18,8 +18,8 @@ from distillbench.store import Store
 
 COMMANDS = {
     "list": {"what", "--json"},
-    "run": {"method", "track", "--budget", "--seed", "--steps", "--set", "--teacher", "--data", "--store", "--resume", "--log"},
-    "bench": {"track", "--methods", "--budget", "--seeds", "--teacher", "--data", "--jobs", "--store", "--plan", "--log"},
+    "run": {"method", "track", "--budget", "--seed", "--steps", "--set", "--teacher", "--data", "--device", "--store", "--resume", "--log"},
+    "bench": {"track", "--methods", "--budget", "--seeds", "--teacher", "--data", "--device", "--jobs", "--store", "--plan", "--log"},
     "board": {"track", "--store", "--published", "--format"},
     "show": {"run_id", "--store"},
     "zoo": set(),
