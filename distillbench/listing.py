@@ -80,8 +80,10 @@ def zoo_rows() -> Rows:
         except BadFileError as error:
             rows.append({"name": entry.name, "what": entry.title, "parameters": "-", "recipe": str(error), "sha256": "-"})
             continue
+        held = card.get("parameters", 0)
         rows.append({
-            "name": entry.name, "what": f"{entry.title} ({entry.cost})", "parameters": f"{card.get('parameters', 0):,}",
+            "name": entry.name, "what": f"{entry.title} ({entry.cost})",
+            "parameters": f"{sum(held.values()) if isinstance(held, dict) else held:,}",
             "recipe": f"distillbench zoo train {entry.name}", "sha256": card["sha256"][:12],
         })  # fmt: skip
     return rows

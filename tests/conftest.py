@@ -8,7 +8,7 @@ from collections import namedtuple
 import pytest
 import torch
 
-from distillbench import cli
+from distillbench import cli, tracks
 from distillbench.torchvision_repair import repair_torchvision
 from distillbench.tracks import mixture2d
 from toys import ToySource, toy_teacher
@@ -17,6 +17,14 @@ torch.set_num_threads(1)
 repair_torchvision()  # before any test module imports a package that wants torchvision
 
 Call = namedtuple("Call", "status out err")
+
+
+@pytest.fixture
+def fresh_tracks():
+    """Tracks are made once a process; this test makes its own, and leaves none behind."""
+    tracks._made.cache_clear()
+    yield
+    tracks._made.cache_clear()
 
 
 @pytest.fixture

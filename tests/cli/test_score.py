@@ -191,7 +191,7 @@ def test_a_family_names_the_track_of_the_pipelines_format(track, monkeypatch, tm
     assert set(scoring.FAMILIES["shapes"].values()) == {"shapes-sd", "shapes-sana"}
 
 
-def test_a_track_of_the_users_own_data_is_scored_with_data_alone(distillbench, toy, tmp_path, monkeypatch):
+def test_a_track_of_the_users_own_data_is_scored_with_data_alone(distillbench, toy, tmp_path, monkeypatch, fresh_tracks):
     from distillbench.tracks import coco_sd15
 
     measures = tuple(dataclasses.replace(measure, size=16) for measure in coco_sd15.DEFINITION.measures)
