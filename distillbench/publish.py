@@ -127,12 +127,12 @@ def brief(board: Board) -> str:
     rows = [row for row in board.under(budget) if row.is_truth or row.kind == "run" or row.steps in (1, 2, 4, 50)]
     names, places = BRIEF[facts.name], places_by_column(board)
     seeds = max((len(row.seeds) for row in rows if row.kind == "run"), default=0)
-    arrows = ["↑" if board.higher_is_better(name) else "↓" for name in names]
+    arrows = [{True: " ↑", False: " ↓", None: ""}[board.higher_is_better(name)] for name in names]
     batch = facts.latency_batch
+    over = f"{seeds} training seeds, 95 % intervals over seeds" if seeds > 1 else "1 training seed, 95 % intervals over samples"
     lines = [
-        f"**`{facts.id}`**, budget S ({count_text(facts.budgets['S'])} teacher passes), {seeds} training seeds, "
-        "95 % intervals over seeds:", "",
-        "| method | evaluations | " + " | ".join(f"{name} {arrow}" for name, arrow in zip(names, arrows, strict=True))
+        f"**`{facts.id}`**, budget S ({count_text(facts.budgets['S'])} teacher passes), {over}:", "",
+        "| method | evaluations | " + " | ".join(f"{name}{arrow}" for name, arrow in zip(names, arrows, strict=True))
         + f" | trained for | seconds | latency, batch {batch} | ratio to teacher at 50 |",
         "|---|---|" + "---|" * (len(names) + 4),
     ]  # fmt: skip

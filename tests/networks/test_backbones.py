@@ -390,8 +390,15 @@ def test_a_wrong_config_is_one_clear_line(config, message):
     assert "\n" not in str(caught.value)
 
 
-def test_kinds_build_from_their_name_alone():
-    for kind, family in KINDS.items():
-        network = build({"kind": kind})
-        assert type(network) is family
-        assert network.to_config()["kind"] == kind
+@pytest.mark.parametrize("kind", ["mlp", "transformer"])
+def test_our_own_kinds_build_from_their_name_alone(kind):
+    network = build({"kind": kind})
+    assert type(network) is KINDS[kind]
+    assert network.to_config()["kind"] == kind
+
+
+@pytest.mark.parametrize("kind", ["unet2d", "unet2d_condition", "sana"])
+def test_kinds_of_diffusers_need_the_configuration_of_their_model(kind):
+    pytest.importorskip("diffusers")
+    with pytest.raises(UsageError, match=f"the {kind} config needs width"):
+        build({"kind": kind})
