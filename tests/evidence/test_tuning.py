@@ -105,7 +105,8 @@ def test_validation_is_the_track_with_other_noise_and_another_reference(name):
     assert [score.name for score in held] == [track.facts.tuned_on]
     assert held[0].key != own.key
     assert held[0].value != own.value
-    assert held[0].value < 0.05 * next(s.value for s in other.score(torch.zeros_like(x)) if s.name == own.name)
+    share = 0.05 if "label" in conditions else 0.1  # the autoencoder of shapes-sd alone makes a twentieth
+    assert held[0].value < share * next(s.value for s in other.score(torch.zeros_like(x)) if s.name == own.name)
     assert other.facts.id not in {facts.id for facts in FACTS.values()}
 
 

@@ -18,6 +18,7 @@ from distillbench.jobs import Job, resolve
 from distillbench.report.build import build, collect
 from distillbench.report.runs import command_of
 from distillbench.store import Store
+from distillbench.tracks.facts import FACTS
 
 
 class Page(HTMLParser):
@@ -187,7 +188,7 @@ def test_the_command_writes_into_the_store_and_says_where(references: Store):
 
 def test_the_published_records_make_a_report(tmp_path: Path):
     tracks = collect(Store(tmp_path / "none"), published=True)
-    assert {track.facts.name for track in tracks} == {"mixture2d", "digits"}
+    assert {track.facts.name for track in tracks} == set(FACTS)
     assert all(track.published == track.records.keys() for track in tracks)
 
 
