@@ -11,9 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import os
 import re
-import secrets
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from torch import Tensor
 from .errors import NonFiniteError, UsageError
 from .jobs import STEPS, label_of
 from .metrics.extractors import extractor_identity
+from .metrics.feature_cache import write_whole
 from .networks.files import sha256_file
 from .records import RunRecord, digest, environment, now, run_id
 from .runner import SCORING, Report, keep_pictures
@@ -182,18 +181,10 @@ def _read(path: Path, key: str) -> tuple[dict[str, Tensor], int] | None:
 
 
 def _write(path: Path, key: str, looked: dict[str, Tensor], evaluations: int) -> None:
-    """Whole or not at all."""
     content = save({name: value.contiguous() for name, value in looked.items()}, {"key": key, "evaluations": str(evaluations)})
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        write_whole(path, content)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise UsageError(f"cannot write to {path.parent} ({error.strerror or error}); name another store with --store") from None
 
 

@@ -27,6 +27,21 @@ from .extractors import Extractor, extractor_identity
 ROWS = 1024  # of a shard: a kill loses as many at most
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, whatever is killed meanwhile; its folder is made. Raises OSError and leaves nothing behind."""
+    beside = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
 class FeatureCache:
     """Features (width,) by the sha256 of a file, of one extractor and one way of reading. folder None: kept in memory only.
 
@@ -64,16 +79,9 @@ class FeatureCache:
         keys = torch.from_numpy(np.frombuffer(bytes.fromhex("".join(self._new)), np.uint8).copy().reshape(-1, 32))
         content = save({"keys": keys, "features": torch.stack(list(self._new.values()))}, {"identity": self.identity})
         path = self.folder / f"{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
-        beside = self.folder / f".{secrets.token_hex(8)}.tmp"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(beside, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
+            write_whole(path, content)
         except OSError as error:
-            beside.unlink(missing_ok=True)
             raise UsageError(f"cannot write features to {self.folder}: {error.strerror or error}") from error
         self._where.update({key: (path, row) for row, key in enumerate(self._new)})
         self._new.clear()

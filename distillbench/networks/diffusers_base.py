@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -99,14 +100,16 @@ class DiffusersBackbone(Backbone):
     def _close_guidance(self) -> None:
         """Make the newly added guidance input an exact no-op."""
 
+    @abstractmethod
     def _tap_modules(self) -> dict[str, nn.Module]:
-        raise NotImplementedError
+        """The modules whose outputs are the taps."""
 
     def _time_module(self) -> nn.Module:
         return self.model.time_embedding
 
+    @abstractmethod
     def _run(self, x: Tensor, timestep: Tensor, conditions: Conditions, guidance: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """The model at its own timestep."""
 
     @property
     def tap_names(self) -> tuple[str, ...]:

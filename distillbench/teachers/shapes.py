@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -89,6 +90,7 @@ def noisy(kind: str, x: Tensor, noise: Tensor, generator: torch.Generator) -> tu
     return (1 - s) * x + s * noise, level, noise - x
 
 
+@cache
 def alphas_cumprod() -> Tensor:
     """Of Stable Diffusion's schedule, float32 as diffusers has them."""
     ends = BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5
