@@ -40,7 +40,7 @@ def main(track: str, source: str | None, out: str, readme: str) -> None:
     """Publish the ok runs of TRACK under named budgets with the track's recipe, and its references."""
     facts = facts_of(track)
     held = Store(source)
-    target = Store(Path(out) / (facts.folder or facts.name))
+    target = Store(Path(out) / facts.home)
     kept = set()
     for record in held.records(facts.id):
         if record.ok and (record.kind == "reference" or _is_current(record)):
@@ -151,9 +151,9 @@ def brief(board: Board) -> str:
         "",
         "Quality against training budget, one panel for each number of evaluations; bands are 95 % intervals over seeds:",
         "",
-        f"![quality against passes](leaderboards/{facts.folder or facts.name}/passes.png)",
+        f"![quality against passes](leaderboards/{facts.home}/passes.png)",
         "",
-        f"![samples](leaderboards/{facts.folder or facts.name}/samples.png)",
+        f"![samples](leaderboards/{facts.home}/samples.png)",
     ]
     return "\n".join(lines)
 

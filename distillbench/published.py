@@ -13,7 +13,7 @@ _HERE = Path(__file__).parent
 def published_folder(track: str) -> Path:
     """The folder of a track's published records: inside an installed package, or `leaderboards/` of a checkout."""
     facts = facts_of(track)
-    folder = facts.folder or facts.name
+    folder = facts.home
     installed = _HERE / "published" / folder
     return installed if installed.is_dir() else _HERE.parent / "leaderboards" / folder
 

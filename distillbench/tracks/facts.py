@@ -36,6 +36,11 @@ class TrackFacts:
     def name(self) -> str:
         return self.id.partition("@")[0]
 
+    @property
+    def home(self) -> str:
+        """Where its published records lie within `leaderboards/`."""
+        return self.folder or self.name
+
 
 def _shapes(identity: str, format: str, teacher: str, solver: str, small: float) -> TrackFacts:
     """The facts of one of the two tracks on captioned scenes; what they measure is the same."""
