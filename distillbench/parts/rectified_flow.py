@@ -44,16 +44,6 @@ def one_step(denoiser: Denoiser, noise: Tensor, conditions: Conditions) -> Tenso
     return noise - denoiser.velocity(noise, 1.0, conditions)
 
 
-def feature_distance(mine: Tensor, other: Tensor) -> Tensor:
-    """How far two batches of features (n, channels, ...) are apart in direction, in [0, 4].
-
-    As in LPIPS (arXiv 1801.03924) with all weights 1: channels are scaled to unit length at each place, and squared differences are
-    summed over channels and averaged over places and examples.
-    """
-    a, b = (f / f.square().sum(1, keepdim=True).add(1e-10).sqrt() for f in (mine, other))
-    return (a - b).square().sum(1).mean()
-
-
 def transport_cost(noise: Tensor, x: Tensor) -> Tensor:
     """E |x - noise|^2 of a coupling, pairs (n, *shape): a number. Exact reflow never raises it."""
     return (x - noise).flatten(1).square().sum(1).mean()

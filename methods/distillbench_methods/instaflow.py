@@ -25,8 +25,9 @@ from distillbench.diffusion.schedules import Flow
 from distillbench.diffusion.solvers import SOLVERS, euler, time_grid
 from distillbench.errors import NotApplicable, UsageError
 from distillbench.parts.critics import middle_tap
+from distillbench.parts.features import feature_loss
 from distillbench.parts.pairs import PairStore
-from distillbench.parts.rectified_flow import feature_distance, line_times, one_step, reflow_loss
+from distillbench.parts.rectified_flow import line_times, one_step, reflow_loss
 from distillbench.parts.simulation import step_grid
 from distillbench.parts.student_by_steps import StudentBySteps
 
@@ -230,15 +231,9 @@ class InstaFlow(Method):
         if kind != "features":
             losses["l2"] = (mine - x).square().mean()
         if kind != "l2":
-            losses["features"] = self.feature_loss(mine, x, batch.randn(*x.shape), conditions)
+            at = self.config.feature_time
+            losses["features"] = feature_loss(self.teacher, self.tap, mine, x, batch.randn(*x.shape), at, conditions)
         return losses
-
-    def feature_loss(self, mine: Tensor, x: Tensor, noise: Tensor, conditions: Conditions) -> Tensor:
-        """The distance of mine and x in the frozen teacher's features, both at one noise level and with the same noise."""
-        t = self.config.feature_time
-        with torch.no_grad():
-            wanted = self.teacher.features((1 - t) * x + t * noise, t, conditions, (self.tap,))[self.tap]
-        return feature_distance(self.teacher.features((1 - t) * mine + t * noise, t, conditions, (self.tap,))[self.tap], wanted)
 
     def distilled(self) -> StudentBySteps:
         networks = {n: self.average if n == 1 and self.distils else self.flow_average for n in self.steps}

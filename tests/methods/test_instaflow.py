@@ -18,7 +18,7 @@ from distillbench.diffusion.schedules import Flow
 from distillbench.discovery import find
 from distillbench.errors import NotApplicable, UsageError
 from distillbench.networks.mlp import MLP, MLPConfig
-from distillbench.parts.rectified_flow import feature_distance
+from distillbench.parts.features import feature_distance
 from distillbench.parts.student_by_steps import StudentBySteps
 from distillbench.randomness import generator_for
 from distillbench.training import state

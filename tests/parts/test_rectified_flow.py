@@ -17,7 +17,6 @@ from distillbench.data.mixture import exact_denoiser, standard_mixture
 from distillbench.diffusion import Denoiser, Flow, heun, time_grid
 from distillbench.errors import UsageError
 from distillbench.parts.rectified_flow import (
-    feature_distance,
     line_times,
     one_step,
     reflow_loss,
@@ -208,12 +207,3 @@ def test_times_are_where_they_should_be() -> None:
         assert often.tolist() == [1000 // k] * k
     with pytest.raises(UsageError, match="did you mean uniform"):
         line_times("unifrom", u)
-
-
-@pytest.mark.parametrize("shape", [(7, 16), (7, 16, 3, 3)], ids=str)
-def test_the_feature_distance_is_one_of_directions(shape: tuple[int, ...]) -> None:
-    a, b = randn(*shape, seed=1), randn(*shape, seed=2)
-    assert feature_distance(a, 3 * a).item() == pytest.approx(0, abs=1e-15)
-    assert feature_distance(a, -2 * a).item() == pytest.approx(4)
-    cosine = torch.nn.functional.cosine_similarity(a, b, dim=1)
-    assert feature_distance(a, b).item() == pytest.approx((2 - 2 * cosine).mean().item(), rel=1e-6)
