@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,11 @@ def middle_tap(denoiser: Denoiser) -> str:
 def logits(denoiser: Denoiser, head: nn.Module, tap: str, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
     """What the head sees in x_t (n, *shape) at times t (n,) through the network's features at `tap`: (n,)."""
     return head(denoiser.features(x_t, t, conditions, (tap,))[tap])
+
+
+def logits_by_depth(heads: nn.ModuleList, taps: Sequence[str], features: Mapping[str, Tensor]) -> Tensor:
+    """What the heads, one for each tap, see in features that a network has shown already: (n, heads)."""
+    return torch.stack([head(features[tap]) for head, tap in zip(heads, taps, strict=True)], dim=1)
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:

@@ -136,11 +136,11 @@ class DMD2(Method):
         c = self.config
         if len(context.steps) != 1:
             raise ContractError(
-                f"dmd2 trains one student per step count: train it for each of {', '.join(map(str, context.steps))} by itself"
+                f"{self.info.id} trains one student per step count: train it for each of {', '.join(map(str, context.steps))} by itself"
             )
         steps = context.steps[0]
         if c.grid and len(c.grid) != steps:
-            raise ContractError(f"dmd2: the knob grid has {len(c.grid)} times for a student of {steps} steps; give {steps}")
+            raise ContractError(f"{self.info.id}: the knob grid has {len(c.grid)} times for a student of {steps} steps; give {steps}")
         self.grid = c.grid or step_grid(steps, c.shift)
         self.shape = context.shape
         self.scale = context.guidance if c.guidance is None else c.guidance
@@ -219,8 +219,11 @@ class DMD2(Method):
     def logits(self, batch: Batch, x: Tensor, conditions: Conditions) -> Tensor:
         """The head's opinion of x, noised to a random level."""
         t = T_MIN + (self.config.gan_t_max - T_MIN) * batch.rand(batch.size)
+        return self.judge(jump(self.teacher.path, x, batch.randn(*x.shape), t), t, conditions)
+
+    def judge(self, x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         seen = self.fake if self.config.gan_features == "fake" else self.teacher
-        return critics.logits(seen, self.head, self.tap, jump(self.teacher.path, x, batch.randn(*x.shape), t), t, conditions)
+        return critics.logits(seen, self.head, self.tap, x_t, t, conditions)
 
     def distilled(self) -> FewStepStudent:
         return FewStepStudent(self.average, {len(self.grid): self.grid}, self.shape)
