@@ -18,7 +18,7 @@ from ..published import published_evidence, published_folder
 from ..records import RunRecord
 from ..store import Store
 from ..tracks.facts import FACTS, TrackFacts
-from . import captions, curves, figures, look, pages, prompts, robust, runs, samples, tables
+from . import captions, curves, figures, look, pages, prompts, robust, runs, samples, studies, tables
 
 if TYPE_CHECKING:  # claims.py loads tracks, and with them torch
     from ..claims import Decision
@@ -31,7 +31,7 @@ MINE = 'content="distillbench report"'
 @dataclass(frozen=True)
 class TrackData:
     """A track's records. board: of the runs with the track's recipe (of all, if there is no other).  everything: of all runs, if some have
-    changed knobs.  stores: where their samples and losses may be, the user's own first."""
+    changed knobs.  stores: where their samples and losses may be, the user's own first.  studies: published beside the records."""
 
     facts: TrackFacts
     records: dict[str, RunRecord]
@@ -39,6 +39,7 @@ class TrackData:
     board: Board
     everything: Board | None
     stores: tuple[Store, ...]
+    studies: tuple[studies.Study, ...] = ()
 
 
 def collect(store: Store, *, published: bool) -> list[TrackData]:
@@ -62,7 +63,8 @@ def _track(facts: TrackFacts, store: Store, published: bool) -> TrackData:
     board = Board.from_records(plain, found.latencies, facts, **reported) if mixed else everything
     records |= {record.id: record for record in found.reported if record.id not in records}
     own = {record.id for record in store.records(facts.id)}
-    return TrackData(facts, records, frozenset(records.keys() - own), board, everything if mixed else None, (store, *others))
+    return TrackData(facts, records, frozenset(records.keys() - own), board, everything if mixed else None, (store, *others),
+                     tuple(studies.studies_in(published_folder(facts.name))) if published else ())  # fmt: skip
 
 
 def build(tracks: Sequence[TrackData], out: Path, decisions: Sequence[Decision] = (), *, say: Say = lambda line: None) -> Path:
@@ -112,6 +114,7 @@ def _write_track(track: TrackData, out: Path, looks: figures.Looks, say: Say) ->
         drawn = [
             figure for figure in (_passes(board, out, looks), _latency(board, out, looks), _categories(board, out, looks), shown) if figure
         ]
+        drawn += [_study(study, facts, out, looks) for study in track.studies]
     for ending, form in (("tex", "latex"), ("csv", "csv")):
         (out / "tables" / f"{facts.name}.{ending}").write_text(render(board, form), encoding="utf-8")
     boards = tables.tables(board, track.records)
@@ -183,6 +186,16 @@ def _categories(board: Board, out: Path, looks: figures.Looks) -> dict[str, Any]
     look.save(prompts.draw_bars(found, looks), out / "figures", name)
     alt = "Shares of right answers by category; the numbers are in the boards below."
     return {"name": name, "narrow": False, "kind": "chart", "alt": alt, "caption": captions.of_categories(board), "places": None}
+
+
+def _study(study: studies.Study, facts: TrackFacts, out: Path, looks: figures.Looks) -> dict[str, Any]:
+    name = f"{facts.name}-{study.name}"
+    look.save(studies.draw(study, looks), out / "figures", name)
+    look.save(studies.draw(study, looks, narrow=True), out / "figures", f"{name}-narrow")
+    alt = (
+        f"Line charts of {captions.listed(dict.fromkeys(panel.score for panel in study.panels))} against teacher passes spent in training."
+    )
+    return {"name": name, "narrow": True, "kind": "chart", "alt": alt, "caption": studies.caption(study), "places": None}
 
 
 def _write_runs(tracks: Sequence[TrackData], out: Path, say: Say) -> None:
