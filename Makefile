@@ -6,11 +6,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 STORE ?= .distillbench
 JOBS ?= 2
 BUDGET ?= S
-METHODS ?= cd dmd2 progressive instaflow swiftbrush scm sana_sprint
+METHODS ?= cd dmd2 progressive instaflow swiftbrush scm sana_sprint dmd diff_instruct sid f_distill disback
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart images report test lint golden methods-table tune board-shapes board-m claims publish speed clean
+.PHONY: help quickstart images report test lint golden methods-table tune board-shapes board-m claims studies publish speed clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -60,7 +60,7 @@ tune: $(VENV)/core  ## tune every method on both tracks by the common protocol, 
 	@for track in mixture2d digits; do for method in $(METHODS); do $(BIN)/distillbench tune $$method $$track --jobs $(JOBS) --store $(STORE) || exit 1; done; done
 
 board-shapes: $(VENV)/dev  ## the published text-to-image boards again, at S with one seed (about an hour on two cores)
-	@$(BIN)/distillbench bench shapes-sd --methods dmd2,swiftbrush,cd,instaflow --budget $(BUDGET) --seeds 1 --jobs $(JOBS) --store $(STORE)
+	@$(BIN)/distillbench bench shapes-sd --methods dmd2,swiftbrush,cd,instaflow,dmd,diff_instruct,sid,f_distill,disback --budget $(BUDGET) --seeds 1 --jobs $(JOBS) --store $(STORE)
 	@$(BIN)/distillbench bench shapes-sana --methods scm,sana_sprint,progressive --budget $(BUDGET) --seeds 1 --jobs $(JOBS) --store $(STORE)
 
 board-m: $(VENV)/core  ## the published studies again: mixture2d with 8 seeds and digits with 5, at S and at M, and shapes at M (many hours)
@@ -70,6 +70,9 @@ board-m: $(VENV)/core  ## the published studies again: mixture2d with 8 seeds an
 
 claims: $(VENV)/core  ## run what the methods' claims stand on, and say which hold (about an hour)
 	@$(BIN)/distillbench claims --jobs $(JOBS) --store $(STORE)
+
+studies: $(VENV)/core  ## the figures of the report that follow trainings on their way (about 20 minutes)
+	@$(BIN)/python studies/score_distillation.py --jobs $(JOBS)
 
 publish: $(VENV)/core  ## put the records of $(STORE) into leaderboards/ with rendered tables
 	@$(BIN)/python -m distillbench.publish mixture2d --store $(STORE)

@@ -20,7 +20,7 @@ from ..diffusion.schedules import match_time
 from ..diffusion.solvers import jump
 from ..errors import unknown
 
-WEIGHTINGS = ("inv_l1", "sigma/alpha", "sigma^3/alpha", "none")
+WEIGHTINGS = ("inv_l1", "sigma/alpha", "sigma^3/alpha", "alpha^2/sigma^2", "none")
 NOISE_WEIGHTINGS = ("sigma^2", "1")
 
 
@@ -35,7 +35,8 @@ def matching_gradient(x: Tensor, real: Tensor, fake: Tensor, path: Schedule, t: 
 
     real, fake: x0 predictions at x_t.  t: (n,), read by the two fixed weights only.
     inv_l1: 1 / mean |x - real|, one number a sample, at least `floor` in the denominator (the paper's).
-    sigma/alpha, sigma^3/alpha: w_t of DreamFusion and ProlificDreamer in w_t alpha (s_fake - s_real), s the scores.  none: 1.
+    sigma/alpha, sigma^3/alpha: w_t of DreamFusion and ProlificDreamer in w_t alpha (s_fake - s_real), s the scores.
+    alpha^2/sigma^2: that with w_t = 1, the gradient of KL(student_t || teacher_t) itself.  none: 1.
     """
     gap = fake - real
     if weighting == "inv_l1":
@@ -44,6 +45,8 @@ def matching_gradient(x: Tensor, real: Tensor, fake: Tensor, path: Schedule, t: 
         return gap * broadcast(path.alpha(t) / path.sigma(t), x)
     if weighting == "sigma^3/alpha":
         return gap * broadcast(path.alpha(t) * path.sigma(t), x)
+    if weighting == "alpha^2/sigma^2":
+        return gap * broadcast((path.alpha(t) / path.sigma(t)) ** 2, x)
     if weighting == "none":
         return gap
     raise unknown("weighting", weighting, WEIGHTINGS)
@@ -95,8 +98,8 @@ def weighted_noise_loss(fake: Denoiser, x: Tensor, t: Tensor, noise: Tensor, con
     return (broadcast(fake.path.alpha(t) ** 2, x) * (fake.eps(x_t, t, conditions) - noise).square()).mean()
 
 
-def fake_score_loss(fake: Denoiser, x: Tensor, t: Tensor, noise: Tensor, conditions: Conditions) -> Tensor:
-    """Denoising score matching on samples x (n, *shape), which are held fixed, in what the network itself predicts.
+def fake_score_loss(fake: Denoiser, x: Tensor, t: Tensor, noise: Tensor, conditions: Conditions, *, guidance_scale: float = 1.0) -> Tensor:
+    """Denoising score matching on samples x (n, *shape), which are held fixed, in what the network itself predicts (guided).
 
     velocity and eps networks: plain mean squared error.  score networks: that of eps = -sigma score.
     x0 networks: weighted by alpha^2 / sigma^2 + 1 / 0.5^2 (Karras et al. 2022, sigma_data 0.5).
@@ -104,7 +107,7 @@ def fake_score_loss(fake: Denoiser, x: Tensor, t: Tensor, noise: Tensor, conditi
     own = fake.on(fake.schedule)
     t = match_time(fake.path, t, own.path)
     x = x.detach()
-    prediction = own.predict(jump(own.path, x, noise, t), t, conditions)
+    prediction = own.predict(jump(own.path, x, noise, t), t, conditions, guidance_scale=guidance_scale)
     if fake.prediction == "velocity":
         target = broadcast(own.path.d_alpha(t), x) * x + broadcast(own.path.d_sigma(t), x) * noise
         return (prediction.velocity - target).square().mean()
