@@ -28,11 +28,11 @@ def line(name: str, pairs: list[tuple[float, float]], bar: str) -> str:
     ours, theirs = (statistics.median(column) * 1e3 for column in zip(*pairs, strict=True))
     ratios = sorted(b / a for a, b in pairs)
     spread = f"   {ratios[0]:.3f} to {ratios[-1]:.3f}"
-    return f"{name:<34}{ours:>11.2f}{theirs:>11.2f}{statistics.median(ratios):>9.3f}{spread}".ljust(86) + bar
+    return f"{name:<34}{ours:>11.2f}{theirs:>11.2f}{statistics.median(ratios):>9.3f}{spread}".ljust(88) + bar
 
 
 def heading(what: str, ours: str = "ours ms", theirs: str = "theirs ms", ratio: str = "times") -> str:
-    return f"{what:<34}{ours:>11}{theirs:>11}{ratio:>9}   lowest and highest".ljust(86) + "asked for"
+    return f"{what:<34}{ours:>11}{theirs:>11}{ratio:>9}   lowest and highest".ljust(88) + "asked for"
 
 
 def ratio(pairs: list[tuple[float, float]]) -> float:

@@ -29,7 +29,7 @@ CYCLES = {
     "shapes-sd": (7000, 7000, 7000),
     "shapes-sana": (8000, 9000, 6000),
 }  # updates; each cycle starts from the last one's average, its rate anew
-SHARES = ((0.4, 0.35, 0.25), (0.15, 0.5, 0.35), (0.1, 0.75, 0.15), (0.15, 0.4, 0.45))  # of the kinds of scene in a cycle
+SHARES = ((0.4, 0.35, 0.25), (0.15, 0.5, 0.35), (0.1, 0.75, 0.15))  # of the kinds of scene in a cycle
 BATCH = 64
 LEARNING_RATE = {"shapes-sd": 1.5e-3, "shapes-sana": 1.5e-3}
 WARM_UP = 200

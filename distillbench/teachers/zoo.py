@@ -44,8 +44,8 @@ class ZooEntry:
 ENTRIES = (
     ZooEntry("mixture2d", "MLP fitted to the exact velocity of the 2-D mixture", "about 2 minutes on one core", "mixture2d"),
     ZooEntry("digits", "flow transformer on 4,000 handwritten digits", "at most 30 minutes on two cores", "digits"),
-    ZooEntry("shapes-sd", "captioned scenes in Stable Diffusion's format", "about 70 minutes on one core", "shapes_pipelines", "train_sd"),
-    ZooEntry("shapes-sana", "captioned scenes in SANA's format", "about 70 minutes on one core", "shapes_pipelines", "train_sana"),
+    ZooEntry("shapes-sd", "captioned scenes in Stable Diffusion's format", "about 95 minutes on one core", "shapes_pipelines", "train_sd"),
+    ZooEntry("shapes-sana", "captioned scenes in SANA's format", "about 95 minutes on one core", "shapes_pipelines", "train_sana"),
     ZooEntry("digits-classifier", "classifier whose features score digits", "a few minutes on one core", "digits_classifier"),
     ZooEntry("clip-shapes", "small CLIP on the pictures and captions of shapes", "at most 6 minutes on one core", "clip_shapes"),
 )

@@ -1,4 +1,4 @@
-"""The tracks `shapes-sd@1` and `shapes-sana@1`: captioned rendered scenes under two diffusers pipelines, checked attribute by attribute.
+"""The tracks `shapes-sd@2` and `shapes-sana@2`: captioned rendered scenes under two diffusers pipelines, checked attribute by attribute.
 
 2,000 samples, four of each of 500 captions whose combinations of attributes no training scene has.
 """

@@ -49,8 +49,7 @@ def test_the_teacher_does_what_captions_say(track, few):
     scenes = track.scenes()[: len(few)]
     table = attributes(to_uint8(track.decode(few)), scenes)
     shares = {name: torch.tensor(values).nanmean().item() for name, values in table.items()}
-    assert min(shares["object"], shares["colour"]) >= 0.9, shares
-    assert shares["position"] >= 0.7, shares
+    assert min(shares["object"], shares["colour"], shares["position"]) >= 0.9, shares
     assert few.shape[1:] == track.shape
 
 
@@ -62,19 +61,13 @@ def guided(name: str) -> dict[str, float]:
 @pytest.mark.parametrize("name", NAMES)
 def test_cards_state_what_was_asked_of_the_teachers(name):
     card, found = read_card(zoo_folder(name)), guided(name)
-    assert min(found["object"], found["colour"]) >= 0.9
+    assert min(found["object"], found["colour"], found["position"]) >= 0.9
     assert min(found["count"], found["binding"]) >= 0.75
     assert card["parameters"]["denoiser"] <= 1e6
     plain = card["scores"]["guidance 1"]
     assert plain["1 steps"]["whole"] < 0.5 * plain["50 steps"]["whole"], "one step of the teacher must leave something to distil"
     assert plain["4 steps"]["fd"] > plain["50 steps"]["fd"]
     assert plain["4 steps"]["attributes"] < plain["50 steps"]["attributes"]
-
-
-@pytest.mark.xfail(strict=True, reason="asked for 0.9; which of two things stands on which side is learnt last, and training ended before")
-@pytest.mark.parametrize("name", NAMES)
-def test_nine_of_ten_positions_are_right(name):
-    assert guided(name)["position"] >= 0.9
 
 
 def test_both_teachers_are_small():
