@@ -30,7 +30,7 @@ $(VENV)/dev: $(VENV)/core
 	@touch $@
 
 quickstart: $(VENV)/core  ## install, train every method on mixture2d and two on digits, print both leaderboards
-	@echo "Training on two embedded tracks, offline, on $(JOBS) workers: one to two minutes for mixture2d and three for digits on two cores."
+	@echo "Training on two embedded tracks, offline, on $(JOBS) workers: two to three minutes for mixture2d and three for digits on two cores."
 	@$(BIN)/distillbench bench mixture2d --methods all --budget S --seeds 1 --jobs $(JOBS) --store $(STORE)
 	@$(BIN)/distillbench bench digits --budget S --seeds 1 --jobs $(JOBS) --store $(STORE)
 	@echo

@@ -86,7 +86,7 @@ class Scale:
         axis.set_yscale("log" if self.log else "linear")
         axis.set_ylim(self.low, self.high)
         if self.log:
-            _plain_ticks(axis.yaxis, many=math.log10(self.high / self.low) > 2.5)
+            plain_ticks(axis.yaxis, many=math.log10(self.high / self.low) > 2.5)
 
 
 def _scale_of(line: Sequence[Panel]) -> Scale:
@@ -104,7 +104,7 @@ def _say_off_scale(axis: Any, scale: Scale, values: Sequence[tuple[int, float]])
                       color=MUTED, in_layout=False)  # fmt: skip
 
 
-def _plain_ticks(axis: Any, many: bool = False) -> None:
+def plain_ticks(axis: Any, many: bool = False) -> None:
     """On a logarithmic axis, numbers such as 0.02 and 50 in the place of powers of ten; fewer where there are many decades."""
     axis.set_major_locator(LogLocator(subs=(1,) if many else (1, 2, 5), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -171,7 +171,7 @@ def quality_against_latency(
         _number_marks(axis, places, scale, higher)
         off = sorted({(place.evaluations, place.value) for place in places if not place.method and scale.outside(place.value)})
         _say_off_scale(axis, scale, off)
-        _plain_ticks(axis.xaxis)
+        plain_ticks(axis.xaxis)
     axes[0].set_ylabel(f"{score} ({'higher' if higher else 'lower'} is better)")
     figure.supxlabel(f"median time for a batch of {batch}, in milliseconds")
     teacher = Line2D([], [], color=MUTED, marker="h", label="teacher")

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from ..errors import BadFileError
 from ..leaderboard.texts import count_text
-from . import look
+from . import figures, look
 
 FOLDER = "studies"  # beside a track's published records
 UNEVEN = 3.0  # a distance's axis is logarithmic where its values span more than this
@@ -86,16 +86,22 @@ def draw(study: Study, looks: Mapping[str, look.Style], *, narrow: bool = False)
     figure = Figure(figsize=(look.SINGLE if narrow else look.DOUBLE, 0.9 + 1.75 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
     labels = list(dict.fromkeys(label for panel in study.panels for label in panel.lines))
-    styles = look.styles(labels)
-    styles |= {label: looks[label] for label in labels if all(one in looks for one in labels)}
+    styles = _styles(labels, looks)
     for axis, panel in zip(axes.flat, study.panels, strict=False):
         _one_panel(axis, panel, styles)
     for axis in axes.flat[len(study.panels) :]:
         axis.set_visible(False)
     figure.supxlabel("teacher passes spent")
     handles = [Line2D([], [], color=styles[label].colour, marker=styles[label].marker, label=label) for label in labels]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(2 if narrow else 5, len(handles)), frameon=False, handlelength=2.6)
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(2 if narrow else 4, len(handles)), frameon=False, handlelength=2.6)
     return figure
+
+
+def _styles(labels: Sequence[str], looks: Mapping[str, look.Style]) -> Mapping[str, look.Style]:
+    """Those of the other figures, unless they do not know a label or two of these lines would have one colour."""
+    known = {label: looks[label] for label in labels if label in looks}
+    apart = len({style.colour for style in known.values()}) == len(labels)
+    return known if apart else look.styles(labels)
 
 
 def _one_panel(axis: Any, panel: StudyPanel, styles: Mapping[str, look.Style]) -> None:
@@ -109,6 +115,7 @@ def _one_panel(axis: Any, panel: StudyPanel, styles: Mapping[str, look.Style]) -
     if not panel.higher_is_better and min(values) > 0 and max(values) > UNEVEN * min(values):
         axis.set_yscale("log")
         axis.set_ylim(0.8 * min(values), 1.25 * max(values))
+        figures.plain_ticks(axis.yaxis)
     axis.xaxis.set_major_formatter(lambda passes, _: count_text(passes) if passes else "0")
     axis.set_title(panel.title)
     axis.set_ylabel(f"{panel.score} ({'higher' if panel.higher_is_better else 'lower'} is better)")
