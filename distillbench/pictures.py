@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from .leaderboard import Board, Row
 from .store import Store
 
+FEW = 6  # methods whose rows at 2 evaluations are shown beside those at 1
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -26,7 +28,10 @@ class Panel:
 
 
 def panels(board: Board, store: Store) -> list[Panel]:
-    """Truth, the teacher at 2 and at most evaluations, and each method's rows at up to 2 evaluations, first seed."""
+    """Truth, the teacher at 2 and at most evaluations, and each method at 1 evaluation, and at 2 if there are few methods; first seed.
+
+    Of the budget under which most methods were trained, the larger of two.
+    """
     chosen: list[tuple[str, Row]] = []
     rows = list(board.rows)
     last = max((row.steps for row in rows if row.kind == "reference" and not row.is_truth), default=0)
@@ -35,8 +40,10 @@ def panels(board: Board, store: Store) -> list[Panel]:
             chosen.insert(0, ("truth", row))
         elif row.kind == "reference" and row.steps in (2, last):
             chosen.append((f"teacher, {row.steps} evaluations", row))
-    budget = board.budgets[-1] if board.budgets else None
-    students = [row for row in rows if row.kind == "run" and row.budget == budget and row.steps <= 2 and row.seeds]
+    trained = [[row for row in rows if row.kind == "run" and row.budget == budget and row.seeds] for budget in board.budgets]
+    students = max(reversed(trained), key=lambda runs: len({row.label for row in runs}), default=[])
+    most = 2 if len({row.label for row in students}) <= FEW else 1
+    students = [row for row in students if row.steps <= most]
     for row in sorted(students, key=lambda row: (row.steps, row.rank or 99)):
         chosen.append((f"{row.label}, {row.steps} evaluation{'s' if row.steps > 1 else ''}", row))
     found = []

@@ -16,6 +16,7 @@ from .look import DOUBLE, FAINT, INK, MUTED, PAGE, SINGLE, Style
 from .samples import Grid
 
 OFF = 0.25  # the teacher is left off the scale where it would take more than this share of the axis for itself
+ASIDE = 1.3  # the marks of one budget are spread over an interval whose ends have this ratio
 Looks = Mapping[str, Style]
 
 _TEACHER: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 1.0}
@@ -57,7 +58,7 @@ def _one_panel(axis: Any, panel: Panel, looks: Looks, shown: Sequence[str]) -> N
             axis.axhline(value, color=MUTED, zorder=1, **style)
     for label, marks in panel.lines.items():
         look = looks[label]
-        shift = 1.06 ** (shown.index(label) - (len(shown) - 1) / 2)  # aside, so that whiskers do not hide each other
+        shift = ASIDE ** ((shown.index(label) + 0.5) / len(shown) - 0.5)  # so that whiskers do not hide each other
         x, low, high = [m.x * shift for m in marks], [m.low for m in marks], [m.high for m in marks]
         axis.fill_between(x, low, high, color=look.colour, alpha=0.18, linewidth=0, zorder=2)
         axis.vlines(x, low, high, color=look.colour, linewidth=0.9, zorder=3)
