@@ -71,7 +71,7 @@ board-m: $(VENV)/core  ## the published studies again: mixture2d with 8 seeds an
 claims: $(VENV)/core  ## run what the methods' claims stand on, and say which hold (about an hour)
 	@$(BIN)/distillbench claims --jobs $(JOBS) --store $(STORE)
 
-studies: $(VENV)/core  ## the figures of the report that follow trainings on their way (about 20 minutes)
+studies: $(VENV)/core  ## the figures of the report that follow trainings on their way (about 10 minutes)
 	@$(BIN)/python studies/score_distillation.py --jobs $(JOBS)
 
 publish: $(VENV)/core  ## put the records of $(STORE) into leaderboards/ with rendered tables

@@ -21,7 +21,6 @@ from distillbench.budget import Budget
 from distillbench.data.mixture import Mixture, exact_denoiser, standard_mixture
 from distillbench.jobs import Job, resolve
 from distillbench.report.studies import Dot, Study, StudyPanel
-from distillbench.statistics import mean_interval
 from distillbench.tracks import get_track
 from distillbench.training.followed import Look, followed
 
@@ -152,20 +151,19 @@ def made(name: str, seeds: int, budget: str, jobs: int) -> Study:
 
 
 def dots(score: str, runs: Sequence[Sequence[Look]]) -> tuple[Dot, ...]:
-    """Means over seeds of what was seen at the same share of the budget."""
+    """Mean, least and largest over seeds of what was seen at the same share of the budget."""
     found = []
     for looks in zip(*runs, strict=True):
         passes = sum(look.passes for look in looks) / len(looks)
-        mean = mean_interval([look.scores[score] for look in looks])
-        low, high = (mean.value, mean.value) if mean.n == 1 else (mean.low, mean.high)
-        found.append(Dot(round(passes), mean.value, low, high))
+        values = [look.scores[score] for look in looks]
+        found.append(Dot(round(passes), sum(values) / len(values), min(values), max(values)))
     return tuple(found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="*", default=list(STUDIES), help=", ".join(STUDIES))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--budget", default="S")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("leaderboards/mixture2d/studies"))

@@ -21,7 +21,7 @@ UNEVEN = 3.0  # a distance's axis is logarithmic where its values span more than
 
 @dataclass(frozen=True)
 class Dot:
-    """A mean over training seeds with its 95 % interval.  x: teacher passes."""
+    """A mean over training seeds, and the least and the largest of them.  x: teacher passes."""
 
     x: float
     value: float
@@ -122,7 +122,9 @@ def _one_panel(axis: Any, panel: StudyPanel, styles: Mapping[str, look.Style]) -
 
 
 def caption(study: Study) -> str:
-    seeds = f"means over {study.seeds} training seeds, bands their 95 % intervals" if study.seeds > 1 else "one training seed"
+    seeds = (
+        f"means over {study.seeds} training seeds, bands reach from the least to the largest" if study.seeds > 1 else "one training seed"
+    )
     return (
         f"{study.title}, on {study.track}. {study.text} Lines are {seeds}. Scored along one training, whose rates fall over the whole of "
         f"it, so a point is no training that ended there. Made by `{study.command}`."

@@ -59,7 +59,7 @@ class DisBack(DiffInstruct):
             "are not released; its SDXL script starts from a DMD2 checkpoint and adds DMD2's GAN, which are left out",
             "weighting is DMD's normaliser (released script); updates of the student and the fake score alternate (script: 1 to 5)",
             "10 updates to a node (script: 100 at a rate of 5e-7), and less than N nodes where degrade_share is spent before",
-            "walk_share is split evenly among the nodes (script: 1000 iterations, 200 of the student, a node; 0.1 of its run in all)",
+            "20 updates of the student towards a node, fewer where walk_share is spent before (script: 200, 0.1 of its run in all)",
             "implemented from the algorithm: the released script (read, not run) loads recorded weights under names that do not match, so "
             "that nothing is swapped, and its node counter stops after the first swap; here a swap that changes no weight stops the run",
             "the fake score starts from the last node, the paper's algorithm as we remember it [memory]; its Adam moments start at 0, the "
@@ -97,9 +97,10 @@ class DisBack(DiffInstruct):
         degrade_lr: float | None = knob(None, "of the degrading teacher; None: the fake score's", low=0)
         degrade_null_prob: float = knob(0.1, "chance that a sample has no condition while recording for a guided teacher", low=0, high=1)
         node_half_life: float = knob(0.0, "of the average of weights that is recorded, in updates; 0: the weights", low=0)
-        walk_share: float = knob(0.1, "of the budget, on nodes N - 1 to 1 (released script: about 0.1)", low=1e-3, high=0.9)
-        advance: str = knob("share", "to the next node: at its share of the budget, or before when the mismatch stops falling",
-                            choices=("share", "adaptive"))  # fmt: skip
+        walk_updates: int = knob(20, "K, most updates of the student towards a node (released script: 200)", low=1)
+        walk_share: float = knob(0.1, "most of the budget that nodes N - 1 to 1 may take (script: about 0.1)", low=1e-3, high=0.9)
+        advance: str = knob("updates", "to the next node: after K updates, or before when the mismatch stops falling",
+                            choices=("updates", "adaptive"))  # fmt: skip
         patience: int = knob(3, "measurements without a new low after which adaptive goes on", low=1)
         fake_init: str = knob("last node", "what the fake score starts from", choices=("last node", "teacher"))
 
@@ -119,6 +120,7 @@ class DisBack(DiffInstruct):
         self.nodes = nn.ModuleList(self.original.copy() for _ in range(self.config.nodes))
         self.smoothed = self.original.copy() if self.config.nodes and self.config.node_half_life else None
         self.recorded = 0
+        self.paced = 0  # updates towards the present node
         self.lowest: float | None = None  # mismatch with the present node, and measurements since
         self.stale = 0
 
@@ -143,11 +145,14 @@ class DisBack(DiffInstruct):
                      done=lambda: self.recorded == c.nodes, ema=ema)  # fmt: skip
 
     def towards(self, i: int, share: float) -> Stage:
-        """Diff-Instruct's stage with node i as the teacher. A node that was not recorded leaves its share to the next."""
-        stage = self.distillation(f"node {i}" if i else "teacher", share)
-        if i and self.config.advance == "adaptive":
-            stage = replace(stage, turns=[*stage.turns, Turn("watch", self.watch_turn, batch_size=self.config.batch_size)])
-        return replace(stage, begin=partial(self.backtrack, i), done=partial(self.passed, i) if i else None)
+        """Diff-Instruct's stage with node i as the teacher. What a node leaves of its share comes to the teacher's stage in the end."""
+        stage = replace(self.distillation(f"node {i}" if i else "teacher", share), begin=partial(self.backtrack, i))
+        if not i:
+            return stage
+        pace = [Turn(f"pace {i}", self.pace_turn)]
+        if self.config.advance == "adaptive":
+            pace.append(Turn("watch", self.watch_turn, batch_size=self.config.batch_size))
+        return replace(stage, turns=[*stage.turns, *pace], done=partial(self.passed, i))
 
     def node(self, i: int) -> Denoiser:
         """s'_i; node 0 is the original teacher."""
@@ -174,6 +179,7 @@ class DisBack(DiffInstruct):
 
     def backtrack(self, i: int) -> None:
         """Node i becomes the teacher, if the way leads over it: it starts before the last node, which the student matches already."""
+        self.paced = 0
         if i >= self.recorded:
             return
         if equal_weights(self.node(i), self.node(i + 1)):
@@ -182,8 +188,13 @@ class DisBack(DiffInstruct):
         copy_weights(self.node(i), self.teacher)
         self.lowest, self.stale = None, 0
 
+    def pace_turn(self, batch: Batch) -> None:
+        """Counts the updates towards a node: each has a turn of its own."""
+        self.paced = batch.count + 1
+
     def passed(self, i: int) -> bool:
-        return i >= self.recorded or (self.config.advance == "adaptive" and self.stale >= self.config.patience)
+        c = self.config
+        return i >= self.recorded or self.paced >= c.walk_updates or (c.advance == "adaptive" and self.stale >= c.patience)
 
     def watch_turn(self, batch: Batch) -> None:
         """Measure, now and then, whether the student still comes nearer to the node."""

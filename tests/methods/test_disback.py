@@ -45,7 +45,7 @@ def toy_teacher() -> Denoiser:
 
 def made(kind: type[DiffInstruct] = DisBack, *, guidance: float = 1.0, steps: tuple[int, ...] = (1,), **knobs: Any) -> tuple[Any, Context]:
     context = Context(teacher=toy_teacher(), shape=(2,), steps=steps, guidance=guidance)
-    small = {"nodes": 3, "degrade_updates": 2, "degrade_share": 0.3, "walk_share": 0.3} if kind is DisBack else {}
+    small = {"nodes": 3, "degrade_updates": 2, "degrade_share": 0.3, "walk_share": 0.3, "walk_updates": 1000} if kind is DisBack else {}
     method = kind(make_config(kind.Config, kind.info.id, {**small, **knobs}))
     method.build(context)
     return method, context
@@ -211,6 +211,13 @@ def test_the_way_back_starts_before_the_last_node_that_the_budget_allowed(knobs:
     assert method.recorded == recorded
     assert list(dict.fromkeys(stages)) == ["recording", *way]
     assert equal_weights(method.teacher, context.teacher)
+
+
+def test_what_recording_and_nodes_leave_of_their_shares_comes_to_the_teacher() -> None:
+    method, context = made(walk_updates=2, degrade_lr=1e-2, degrade_share=0.3, walk_share=0.3)
+    stages: list[str] = []
+    trained(method, context, 40, report=lambda progress: stages.append(progress.stage))
+    assert {name: stages.count(name) for name in dict.fromkeys(stages)} == {"recording": 3, "node 2": 2, "node 1": 2, "teacher": 33}
 
 
 def test_recorded_weights_may_be_an_average() -> None:
