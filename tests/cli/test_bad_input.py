@@ -12,11 +12,11 @@ import method_files
 from distillbench.errors import UsageError
 
 WRONG = {
-    "method": ("run dmd mixture2d", "unknown method 'dmd': did you mean dmd2"),
+    "method": ("run dmd22 mixture2d", "unknown method 'dmd22': did you mean dmd2"),
     "track": ("run cd mixture3d", "did you mean mixture2d"),
     "track version": ("board mixture2d@9", "did you mean mixture2d@1"),
     "bench track": ("bench digit", "did you mean digits"),
-    "bench method": ("bench mixture2d --methods cd,dmd3", "did you mean dmd2"),
+    "bench method": ("bench mixture2d --methods cd,dmd22", "did you mean dmd2"),
     "bench no method": ("bench mixture2d --methods ,", "names no method"),
     "list": ("list metric", "did you mean metrics"),
     "format": ("board mixture2d --format latx", "did you mean latex"),
