@@ -162,14 +162,17 @@ class DiffInstruct(Method):
         return time_at(self.teacher.path, level, data_std=c.data_std)
 
     def fake_turn(self, batch: Batch) -> dict[str, Tensor]:
-        """L_fake; the student is frozen in this turn, so its samples carry no graph."""
+        """L_fake. Guidance also asks the fake score for that of all samples together, so then some lose their conditions."""
+        return {"fake score": self.denoising(batch, drop=self.config.null_prob if self.fake_scale != 1 else 0.0)}
+
+    def denoising(self, batch: Batch, *, drop: float, guidance_scale: float = 1.0) -> Tensor:
+        """The fake score's loss on samples that carry no graph, as the student is frozen; a share `drop` of them is without conditions."""
         assert self.fake is not None
         x, conditions = self.generate(batch)
-        t = self.times(self.config.fake_law, batch)
-        noise = batch.randn(*x.shape)
-        if self.fake_scale != 1:  # guidance also asks it for the score of all samples together
-            conditions = conditions.dropped(batch.rand(batch.size) < self.config.null_prob)
-        return {"fake score": fake_score_loss(self.fake, x, t, noise, conditions)}
+        t, noise = self.times(self.config.fake_law, batch), batch.randn(*x.shape)
+        if drop > 0:
+            conditions = conditions.dropped(batch.rand(batch.size) < drop)
+        return fake_score_loss(self.fake, x, t, noise, conditions, guidance_scale=guidance_scale)
 
     def student_turn(self, batch: Batch) -> dict[str, Tensor]:
         x, conditions = self.generate(batch)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from distillbench.api import Batch, Claim, Conditions, Context, ContractError, Ema, MethodInfo, OptimizerConfig, Search, Stage, Turn, knob
 from distillbench.diffusion.denoiser import Denoiser
 from distillbench.diffusion.solvers import jump
-from distillbench.parts.distribution_matching import fake_score_loss
 
 from .diff_instruct import DiffInstruct
 
@@ -160,12 +159,7 @@ class DisBack(DiffInstruct):
 
     def degrade_turn(self, batch: Batch) -> dict[str, Tensor]:
         """L_deg: the fake score's loss. A node will be guided, so it must also know what to say without conditions."""
-        assert self.fake is not None
-        x, conditions = self.generate(batch)
-        t, noise = self.times(self.config.fake_law, batch), batch.randn(*x.shape)
-        if self.scale != 1:
-            conditions = conditions.dropped(batch.rand(batch.size) < self.config.degrade_null_prob)
-        return {"degradation": fake_score_loss(self.fake, x, t, noise, conditions)}
+        return {"degradation": self.denoising(batch, drop=self.config.degrade_null_prob if self.scale != 1 else 0.0)}
 
     def record_turn(self, batch: Batch) -> None:
         """The weights of now become node `count + 1`."""

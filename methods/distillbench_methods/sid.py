@@ -26,7 +26,7 @@ from torch import Tensor
 from distillbench.api import Batch, Claim, Conditions, Context, MethodInfo, Search, knob
 from distillbench.diffusion.base import Schedule, broadcast
 from distillbench.diffusion.solvers import jump
-from distillbench.parts.distribution_matching import fake_score_loss, mean_per_sample
+from distillbench.parts.distribution_matching import mean_per_sample
 
 from .diff_instruct import DiffInstruct
 
@@ -107,13 +107,9 @@ class SiD(DiffInstruct):
 
     def fake_turn(self, batch: Batch) -> dict[str, Tensor]:
         """L_psi: denoising of the student's samples; with kappa1 it is the guided prediction that denoises."""
-        assert self.fake is not None
-        x, conditions = self.generate(batch)
-        t = self.times(self.config.fake_law, batch)
-        noise = batch.randn(*x.shape)
-        if (self.fake_scale, self.train_scale) != (1.0, 1.0):
-            conditions = conditions.dropped(batch.rand(batch.size) < self.config.null_prob)
-        return {"fake score": fake_score_loss(self.fake, x, t, noise, conditions, guidance_scale=self.train_scale)}
+        guided = (self.fake_scale, self.train_scale) != (1.0, 1.0)
+        drop = self.config.null_prob if guided else 0.0
+        return {"fake score": self.denoising(batch, drop=drop, guidance_scale=self.train_scale)}
 
     def student_loss(self, x: Tensor, t: Tensor, noise: Tensor, conditions: Conditions) -> Tensor:
         """L_theta, summed over elements, averaged over samples; it may be negative."""
