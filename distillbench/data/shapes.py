@@ -1,14 +1,16 @@
 """Rendered scenes of `shapes`: one or two objects, or a few alike, on a plain background, 32x32 pixels in colour, each with a caption.
 
 Three kinds of scene, as GenEval (arXiv 2310.11513) has them: `one` object with colour, size and place; `two` objects with their colours
-and how they stand to each other; `count` objects alike. A sixth of all combinations of attributes is held out of training.
+and how they stand to each other; `count` objects alike. A caption may leave things open (`a circle on the left`): then many pictures fit
+it, and few network evaluations blur between them. A sixth of all combinations of what captions state is held out of training.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import torch
@@ -31,22 +33,22 @@ CELLS = ((9.0, 9.0), (23.0, 9.0), (9.0, 23.0), (23.0, 23.0))  # where things tha
 KINDS = ("one", "two", "count")
 SHARES = (0.4, 0.35, 0.25)  # of the kinds
 HELD_OUT = 6  # one combination in so many
-PHRASINGS = {
-    "one": ("a {size} {first} {place} on a {background} background", "{background} background with a {size} {first} {place}",
-            "there is a {size} {first} {place}, the background is {background}"),
-    "two": ("a {first} {place} a {second} on a {background} background", "{background} background with a {first} {place} a {second}",
-            "there is a {first} {place} a {second}, the background is {background}"),
-    "count": ("{number} {first}s on a {background} background", "{background} background with {number} {first}s",
-              "there are {number} {first}s, the background is {background}"),
-}  # fmt: skip
+WHAT = {"one": "a {size} {first} {place}", "two": "a {first} {place} a {second}", "count": "{number} {first}s"}
+PHRASINGS = ("{what} on a {background} background", "{background} background with {what}",
+             "there {verb} {what}, the background is {background}")  # fmt: skip
+BARE = ("{what}", "{what}", "there {verb} {what}")  # where the background is left open
+OPTIONAL = {"one": ("size", "colour", "place", "background"), "two": ("colour", "second colour", "place", "background"),
+            "count": ("colour", "background")}  # fmt: skip
+LEFT_OPEN = 0.5  # share of these that the track's captions leave open
 COLOUR_NOISE = 10.0  # by which an object's colour differs from the palette's at most, of 255
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says. objects: (colour, shape), two of them in a scene of kind `two`, else one.
+    """A scene and what its caption says of it. objects: (colour, shape), two of them in a scene of kind `two`, else one.
 
     place: a key of ANCHORS (one), one of RELATIONS (two) or "" (count).  size: small or large (one), else "".
+    unsaid: those of OPTIONAL[kind] that the caption leaves open.
     """
 
     kind: str
@@ -55,20 +57,46 @@ class Scene:
     size: str = ""
     place: str = ""
     number: int = 1
+    unsaid: frozenset[str] = frozenset()
+
+    @cached_property
+    def said(self) -> Scene:
+        """The scene as its caption has it: "" for what is left open."""
+
+        def kept(name: str, word: str) -> str:
+            return "" if name in self.unsaid else word
+
+        objects = tuple(
+            (kept(f"{which}colour", colour), shape) for which, (colour, shape) in zip(("", "second "), self.objects, strict=False)
+        )
+        return Scene(
+            self.kind, objects, kept("background", self.background), kept("size", self.size), kept("place", self.place), self.number
+        )  # fmt: skip
 
     @cached_property
     def held_out(self) -> bool:
-        """Whether this combination is left out of training; the background plays no part in it."""
-        words = "/".join((self.kind, self.size, self.place, str(self.number), *(word for pair in self.objects for word in pair)))
+        """Whether this combination, as said, is left out of training; the background plays no part in it."""
+        said = self.said
+        words = "/".join((said.kind, said.size, said.place, str(said.number), *(word for pair in said.objects for word in pair)))
         return mix(name_key(words)) % HELD_OUT == 0
 
     def caption(self, phrasing: int = 0) -> str:
-        """The scene in words; phrasing 0, 1 or 2."""
-        first, second = (" ".join(pair) for pair in (self.objects * 2)[:2])
-        return PHRASINGS[self.kind][phrasing].format(
-            size=self.size, first=first, second=second, place=self.place, background=self.background,
-            number=NUMBERS.get(self.number, "one"),
-        )  # fmt: skip
+        """What is said of the scene in words; phrasing 0, 1 or 2."""
+        said = self.said
+        first, second = (" ".join(pair) for pair in (said.objects * 2)[:2])
+        place = said.place or ("with" if self.kind == "two" else "")
+        what = WHAT[self.kind].format(size=said.size, first=first, second=second, place=place, number=NUMBERS.get(self.number, ""))
+        frame = (PHRASINGS if said.background else BARE)[phrasing]
+        verb = "are" if self.kind == "count" else "is"
+        text = frame.format(what=what.strip(), verb=verb, background=said.background)
+        return " ".join(text.split())
+
+
+def words() -> list[str]:
+    """Every word that occurs in a caption, sorted."""
+    known = [*SHAPES, *(f"{shape}s" for shape in SHAPES), *COLOURS, *BACKGROUNDS, *NUMBERS.values(), *ANCHORS, *RELATIONS, "small", "large"]
+    frames = re.sub(r"\{\w+\}s?", " ", " ".join((*WHAT.values(), *PHRASINGS)))
+    return sorted({word for text in (*known, frames, "is are with") for word in re.findall("[a-z]+", text)})
 
 
 def _scene(u: Sequence[float], shares: Sequence[float] = SHARES) -> Scene:
@@ -88,20 +116,73 @@ def _scene(u: Sequence[float], shares: Sequence[float] = SHARES) -> Scene:
     return Scene(kind, (first, second), background, place=pick(RELATIONS, 6))
 
 
-def draw_scenes(n: int, generator: torch.Generator, *, held_out: bool = False, shares: Sequence[float] = SHARES) -> list[Scene]:
-    """n scenes, of combinations that training sees or of those held out. shares: of the kinds."""
+def _uniform(n: int, columns: int, generator: torch.Generator) -> list[list[float]]:
+    return torch.rand(n, columns, generator=generator, dtype=torch.float64).tolist()
+
+
+def draw_scenes(
+    n: int, generator: torch.Generator, *, held_out: bool = False, shares: Sequence[float] = SHARES, left_open: float = 0.0
+) -> list[Scene]:
+    """n scenes, of combinations that training sees or of those held out: training meets neither in words nor in pictures what is held out.
+
+    shares: of the kinds.  left_open: probability that a caption leaves one of OPTIONAL open.
+    """
     found: list[Scene] = []
     while len(found) < n:
-        uniform = torch.rand(max(n, 64), 8, generator=generator, dtype=torch.float64).tolist()
-        drawn = [_scene(u, shares) for u in uniform]
-        found += [scene for scene in drawn if scene.held_out == held_out]
+        drawn = [_scene(u, shares) for u in _uniform(max(n, 64), 8, generator)]
+        if left_open:
+            drawn = [_opened(scene, u, left_open) for scene, u in zip(drawn, _uniform(len(drawn), 4, generator), strict=True)]
+        found += [s for s in drawn if s.held_out == held_out and (held_out or not replace(s, unsaid=frozenset()).held_out)]
     return found[:n]
+
+
+def _opened(scene: Scene, u: Sequence[float], left_open: float) -> Scene:
+    names = OPTIONAL[scene.kind]
+    return replace(scene, unsaid=frozenset(name for name, number in zip(names, u, strict=False) if number < left_open))
+
+
+def redrawn(scene: Scene, generator: torch.Generator) -> Scene:
+    """Another scene of which the same is said: what is left open is drawn anew."""
+    only = [float(kind == scene.kind) for kind in KINDS]
+    while scene.unsaid:
+        other = replace(_scene(_uniform(1, 8, generator)[0], only), unsaid=scene.unsaid)
+        said = scene.said.objects
+        pairs = [(colour or new, shape) for (colour, shape), (new, _) in zip(said, other.objects, strict=True)]
+        if len({colour for colour, _ in pairs}) == len(pairs):
+            return replace(
+                scene, objects=tuple(pairs), background=scene.said.background or other.background, size=scene.said.size or other.size,
+                place=scene.said.place or other.place,
+            )  # fmt: skip
+    return scene
 
 
 def draw_captions(scenes: Sequence[Scene], generator: torch.Generator) -> list[str]:
     """A caption for each scene, its phrasing drawn."""
     phrasings = torch.randint(3, (len(scenes),), generator=generator).tolist()
     return [scene.caption(phrasing) for scene, phrasing in zip(scenes, phrasings, strict=True)]
+
+
+def fits(scenes: Sequence[Scene], pictures: Sequence[Scene]) -> Tensor:
+    """Whether what is said of each of n scenes is true of each of m scenes: bool (n, m). Two things may be named in either order."""
+    said = torch.tensor([_codes(scene.said) for scene in scenes])[:, None]
+    shown = [torch.tensor([_codes(make(scene)) for scene in pictures])[None] for make in (_as_it_is, _told_from_the_other)]
+    return torch.stack([((said == codes) | (said == 0)).all(-1) for codes in shown]).any(0)
+
+
+def _codes(scene: Scene) -> list[int]:
+    """A number for each attribute, 0 where it is ""."""
+    options = ("", *KINDS, *COLOURS, *SHAPES, *BACKGROUNDS, "small", "large", *ANCHORS, *RELATIONS)
+    first, second = (scene.objects * 2)[:2]
+    return [scene.number, *(options.index(word) for word in (scene.kind, scene.background, scene.size, scene.place, *first, *second))]
+
+
+def _as_it_is(scene: Scene) -> Scene:
+    return replace(scene, unsaid=frozenset())
+
+
+def _told_from_the_other(scene: Scene) -> Scene:
+    opposite = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
+    return replace(scene, objects=scene.objects[::-1], place=opposite.get(scene.place, scene.place), unsaid=frozenset())
 
 
 # ---------------------------------------------------------------------- pictures
@@ -179,13 +260,14 @@ CAPTIONS, PER_CAPTION = 500, 4
 def evaluation_scenes(held_out: bool = True) -> tuple[list[Scene], list[str]]:
     """500 scenes and their captions, all different; not held out: those that tuning sees."""
     generator = generator_for(0, "shapes/evaluation", int(held_out))
-    drawn = draw_scenes(8 * CAPTIONS, generator, held_out=held_out)
+    drawn = draw_scenes(8 * CAPTIONS, generator, held_out=held_out, left_open=LEFT_OPEN)
     distinct = dict(zip(draw_captions(drawn, generator), drawn, strict=True))
     captions = list(distinct)[:CAPTIONS]
     return [distinct[caption] for caption in captions], captions
 
 
 def evaluation_pictures(name: str, *, held_out: bool = True) -> Tensor:
-    """Four pictures of each of these scenes, uint8 (2000, 3, 32, 32), others for each name ("reference", "floor")."""
-    scenes = [scene for scene in evaluation_scenes(held_out)[0] for _ in range(PER_CAPTION)]
-    return render(scenes, generator_for(0, f"shapes/{name}", 0))
+    """Four pictures of each of these captions, uint8 (2000, 3, 32, 32), others for each name ("reference", "floor")."""
+    generator = generator_for(0, f"shapes/{name}", 0)
+    scenes = [redrawn(scene, generator) for scene in evaluation_scenes(held_out)[0] for _ in range(PER_CAPTION)]
+    return render(scenes, generator)

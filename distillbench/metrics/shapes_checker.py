@@ -83,23 +83,37 @@ def judge(scene: Scene, seen: Seen) -> dict[str, bool]:
     """The attributes that the scene's caption states -> whether the picture shows them.
 
     object: each shape asked for is there.  count: as many things of that shape as asked for, and no others.  colour (one, count): all
-    things have it.  position: the nearest of the five places, or how the two things stand to each other.  binding (two): each shape
-    in its own colour. An attribute of a thing that is not there is wrong.
+    things have it; (two, of one alone): that thing has it.  position: the nearest of the five places, or how the two things stand to
+    each other.  binding (two): each shape in its own colour, and nothing else there. An attribute of a thing that is not there is wrong.
     """
+    said = scene.said
     shapes = [thing.shape for thing in seen.things]
-    pairs = [(thing.colour, thing.shape) for thing in seen.things]
-    found = {"object": all(shape in shapes for _, shape in scene.objects), "background": seen.background == scene.background}
+    found = {"object": all(shape in shapes for _, shape in said.objects)}
+    if said.background:
+        found["background"] = seen.background == said.background
     if scene.kind == "two":
-        found["binding"] = all(pair in pairs for pair in scene.objects) and len(pairs) == 2
-        found["position"] = found["object"] and _stands(scene, seen)
-        return found
-    colour, shape = scene.objects[0]
-    found["colour"] = bool(pairs) and all(thing.colour == colour for thing in seen.things)
+        return found | _pair(said, seen, found["object"])
+    colour, shape = said.objects[0]
+    if colour:
+        found["colour"] = bool(shapes) and all(thing.colour == colour for thing in seen.things)
     if scene.kind == "count":
-        found["count"] = shapes == [shape] * scene.number
-        return found
-    found["position"] = len(pairs) == 1 and _place(seen.things[0]) == scene.place
-    found["size"] = len(pairs) == 1 and (seen.things[0].radius > SIZE_BORDER) == (scene.size == "large")
+        found["count"] = shapes == [shape] * said.number
+    if scene.kind == "one" and said.place:
+        found["position"] = len(shapes) == 1 and _place(seen.things[0]) == said.place
+    if said.size:
+        found["size"] = len(shapes) == 1 and (seen.things[0].radius > SIZE_BORDER) == (said.size == "large")
+    return found
+
+
+def _pair(said: Scene, seen: Seen, there: bool) -> dict[str, bool]:
+    """What is said of two things beyond their shapes, which are `there` or not."""
+    pairs = [(thing.colour, thing.shape) for thing in seen.things]
+    coloured = [pair for pair in said.objects if pair[0]]
+    found = {"position": there and _stands(said, seen)} if said.place else {}
+    if len(coloured) == 2:
+        found["binding"] = all(pair in pairs for pair in coloured) and len(pairs) == 2
+    elif coloured:
+        found["colour"] = coloured[0] in pairs
     return found
 
 

@@ -29,16 +29,17 @@ from ..data.shapes import (
     ANCHORS,
     BACKGROUNDS,
     COLOURS,
-    KINDS,
+    LEFT_OPEN,
     NUMBERS,
-    PHRASINGS,
     RELATIONS,
     SHAPES,
     SIZE,
     Scene,
     draw_captions,
     draw_scenes,
+    fits,
     render,
+    words,
 )
 from ..errors import BadFileError, UsageError
 from ..randomness import generator_for, mix, name_key
@@ -57,24 +58,7 @@ CHUNK = 250
 PREPROCESSING = ("uint8 pictures 32 x 32", "x / 127.5 - 1")
 
 
-def _words() -> tuple[str, ...]:
-    """Every word of every caption, sorted."""
-    options = [
-        *SHAPES,
-        *(f"{shape}s" for shape in SHAPES),
-        *COLOURS,
-        *BACKGROUNDS,
-        *NUMBERS.values(),
-        *ANCHORS,
-        *RELATIONS,
-        "small",
-        "large",
-    ]
-    phrases = [re.sub(r"\{\w+\}s?", " ", phrase) for kind in KINDS for phrase in PHRASINGS[kind]]
-    return tuple(sorted({word for text in options + phrases for word in re.findall("[a-z]+", text)}))
-
-
-WORDS = _words()
+WORDS = tuple(words())
 START, END = 1, len(WORDS) + 2  # 0 fills up; open_clip reads a caption out at its largest token, so that the end is the last
 
 
@@ -94,21 +78,24 @@ def tokenize(captions: Sequence[str]) -> Tensor:
 
 
 def changed(scene: Scene) -> dict[str, list[Scene]]:
-    """By attribute: the scenes that differ from this one in it alone, one word or (binding: colours exchanged) one pair of words."""
-    found: dict[str, list[Scene]] = {"background": [replace(scene, background=b) for b in BACKGROUNDS if b != scene.background]}
+    """By attribute that is said: the scenes that differ from this one in it alone, one word or (binding: colours exchanged) one pair."""
+    said = scene.said
+    found: dict[str, list[Scene]] = {}
+    if said.background:
+        found["background"] = [replace(scene, background=b) for b in BACKGROUNDS if b != scene.background]
     colours, shapes = zip(*scene.objects, strict=True)
     for k, (colour, shape) in enumerate(scene.objects):
-        others = [(c, shape) for c in COLOURS if c not in colours]
-        found.setdefault("colour", []).extend(_with_object(scene, k, pair) for pair in others)
-        others = [(colour, s) for s in SHAPES if s not in shapes]
-        found.setdefault("object", []).extend(_with_object(scene, k, pair) for pair in others)
-    if scene.kind == "one":
+        if said.objects[k][0]:
+            found.setdefault("colour", []).extend(_with_object(scene, k, (c, shape)) for c in COLOURS if c not in colours)
+        found.setdefault("object", []).extend(_with_object(scene, k, (colour, s)) for s in SHAPES if s not in shapes)
+    if said.size:
         found["size"] = [replace(scene, size=size) for size in ("small", "large") if size != scene.size]
-        found["position"] = [replace(scene, place=place) for place in ANCHORS if place != scene.place]
-    elif scene.kind == "two":
-        found["relation"] = [replace(scene, place=place) for place in RELATIONS if place != scene.place]
+    if said.place:
+        name, options = ("position", ANCHORS) if scene.kind == "one" else ("relation", RELATIONS)
+        found[name] = [replace(scene, place=place) for place in options if place != scene.place]
+    if scene.kind == "two" and all(colour for colour, _ in said.objects):
         found["binding"] = [replace(scene, objects=tuple(zip(colours[::-1], shapes, strict=True)))]
-    else:
+    if scene.kind == "count":
         found["count"] = [replace(scene, number=number) for number in NUMBERS if number != scene.number]
     return found
 
@@ -187,10 +174,10 @@ def _scaled(images: Tensor) -> Tensor:
 
 
 def own_scores(net: nn.Module, *, held_out: bool, n: int = 1000, among: int = 100) -> dict[str, Any]:
-    """On n fresh scenes: how often the true caption is the nearest of `among` different ones, and by attribute, how often it beats one
-    with that attribute changed (chance: 0.5)."""
+    """On n fresh scenes: how often the nearest of `among` captions is a true one, and by attribute, how often the scene's own caption
+    beats one with that attribute changed (chance: 0.5)."""
     generator = generator_for(0, f"{NAME}/scores", int(held_out))
-    scenes = draw_scenes(n, generator, held_out=held_out)
+    scenes = draw_scenes(n, generator, held_out=held_out, left_open=LEFT_OPEN)
     images = image_embeddings(render(scenes, generator), net)
     captions = draw_captions(scenes, generator)
     own = (images * caption_embeddings(captions, net)).sum(1)
@@ -201,9 +188,10 @@ def own_scores(net: nn.Module, *, held_out: bool, n: int = 1000, among: int = 10
         won[attribute] = (own[rows] > (images[rows] * caption_embeddings(wrong, net)).sum(1)).tolist()
     nearest = []
     for start in range(0, n - among + 1, among):
-        part = list(range(start, start + among))
-        likeness = images[part] @ caption_embeddings([captions[i] for i in part], net).T
-        nearest += [scenes[start + k] == scenes[i] for i, k in zip(part, likeness.argmax(1).tolist(), strict=True)]
+        part = slice(start, start + among)
+        likeness = images[part] @ caption_embeddings(captions[part], net).T
+        true = fits(scenes[part], scenes[part]).T
+        nearest += true[torch.arange(among), likeness.argmax(1)].tolist()
     return {"nearest_of_100": _share(nearest), "beats_one_changed": {name: _share(hits) for name, hits in won.items()}}
 
 
@@ -216,28 +204,27 @@ def _one_of(options: list, generator: torch.Generator) -> Any:
 
 
 def _near(scene: Scene, generator: torch.Generator) -> list[Scene]:
-    """`NEAR` scenes, each changed in one attribute, the attributes different; none that is held out."""
+    """`NEAR` scenes, each changed in one attribute, the attributes different; none that is held out. The scene itself where all are."""
     seen = {name: [other for other in options if not other.held_out] for name, options in changed(scene).items()}
     names = [name for name, options in seen.items() if options]
     order = torch.randperm(len(names), generator=generator).tolist()
+    if not names:
+        return [scene] * NEAR
     return [_one_of(seen[names[order[k % len(order)]]], generator) for k in range(NEAR)]
 
 
 def contrastive_loss(net: Any, generator: torch.Generator) -> Tensor:
     """Of a fresh batch: pictures against all captions, the changed ones among them, and captions against pictures; both cross-entropies.
 
-    Captions of the very scene of another row are neither right nor wrong there and left out.
+    Captions of other rows that are true of a picture are left out there.
     """
-    scenes = draw_scenes(BATCH, generator)
+    scenes = draw_scenes(BATCH, generator, left_open=LEFT_OPEN)
     near = [other for scene in scenes for other in _near(scene, generator)]
     tokens = tokenize(draw_captions(scenes + near, generator))
     images = net.encode_image(_scaled(render(scenes, generator)), normalize=True)
     logits = net.logit_scale.exp() * images @ net.encode_text(tokens, normalize=True).T
-    numbers: dict[Scene, int] = {}
-    which = torch.tensor([numbers.setdefault(scene, len(numbers)) for scene in scenes + near])
-    same = which[:BATCH, None] == which[None]
-    same.fill_diagonal_(False)
-    logits = logits.masked_fill(same, -math.inf)
+    true = fits(scenes + near, scenes).T
+    logits = logits.masked_fill(true.fill_diagonal_(False), -math.inf)
     target = torch.arange(BATCH)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :BATCH].T, target)) / 2
 

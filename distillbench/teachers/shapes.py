@@ -19,17 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.shapes import draw_captions, draw_scenes, render
+from ..data.shapes import LEFT_OPEN, draw_captions, draw_scenes, render
 from ..randomness import generator_for
 from ..torchvision_repair import repair_torchvision
 from .shapes_autoencoders import as_input, latents_of
 from .shapes_text import WIDTH, clip_encoder, clip_tokenizer, embed, gemma_encoder, gemma_tokenizer, seeded, token_ids
 
 CYCLES = {
-    "shapes-sd": (7000, 7000, 7000),
-    "shapes-sana": (8000, 9000, 6000),
+    "shapes-sd": (7000, 7000, 7000, 8000),
+    "shapes-sana": (8000, 9000, 6000, 9000),
 }  # updates; each cycle starts from the last one's average, its rate anew
-SHARES = ((0.4, 0.35, 0.25), (0.15, 0.5, 0.35), (0.1, 0.75, 0.15))  # of the kinds of scene in a cycle
+SHARES = ((0.4, 0.35, 0.25), (0.15, 0.5, 0.35), (0.1, 0.75, 0.15), (0.2, 0.5, 0.3))  # of the kinds of scene in a cycle
+OPEN = (0.0, 0.0, 0.0, LEFT_OPEN)  # in a cycle: first captions that say everything, then the track's own
 BATCH = 64
 LEARNING_RATE = {"shapes-sd": 1.5e-3, "shapes-sana": 1.5e-3}
 WARM_UP = 200
@@ -103,7 +104,7 @@ def alphas_cumprod() -> Tensor:
 def fit(parts: Parts, progress: Callable[[str], None], *, steps: int, seed: int = 0, cycle: int = 0) -> Parts:
     """The parts with averaged weights after one cycle of `steps` updates. Products run in bfloat16, but for the last tenth."""
     generator = generator_for(seed, f"{parts.kind}/training", cycle)
-    x, ids, mask, empty = training_set(parts, generator, SHARES[cycle])
+    x, ids, mask, empty = training_set(parts, generator, SHARES[cycle], OPEN[cycle])
     trained = parts.trained().requires_grad_(True).train()
     average = copy.deepcopy(trained)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=LEARNING_RATE[parts.kind], betas=(0.9, 0.99), weight_decay=0.01)
@@ -135,9 +136,11 @@ def fit(parts: Parts, progress: Callable[[str], None], *, steps: int, seed: int 
 
 
 @torch.no_grad()
-def training_set(parts: Parts, generator: torch.Generator, shares: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+def training_set(
+    parts: Parts, generator: torch.Generator, shares: Sequence[float], left_open: float
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Scaled latents, token ids and masks of the training scenes, and ids and mask of the empty caption."""
-    scenes = draw_scenes(TRAINING_PICTURES, generator, shares=shares)
+    scenes = draw_scenes(TRAINING_PICTURES, generator, shares=shares, left_open=left_open)
     scale = parts.autoencoder.config.scaling_factor
     pictures = render(scenes, generator).split(250)
     x = torch.cat([scale * latents_of(parts.autoencoder, as_input(part)) for part in pictures])

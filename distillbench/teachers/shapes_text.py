@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.shapes import BACKGROUNDS, COLOURS, KINDS, NUMBERS, PHRASINGS, SHAPES
+from ..data.shapes import words as caption_words
 from ..torchvision_repair import repair_torchvision
 
 LENGTH = 24  # tokens of a caption, start and end included; the longest of the track's has 19
@@ -21,13 +21,7 @@ HEADS = 4
 
 def words() -> list[str]:
     """Every word of a caption, and the comma, sorted."""
-    texts = [text for kind in KINDS for text in PHRASINGS[kind]]
-    plain = " ".join(texts).replace("{", " ").replace("}", " ").replace(",", " , ").split()
-    fields = {"size", "first", "second", "place", "background", "number", "s"}
-    places = ["on", "the", "left", "right", "at", "top", "bottom", "in", "centre", "left", "of", "right", "of", "above", "below"]
-    plural = [f"{shape}s" for shape in SHAPES]
-    known = {*plain, *places, *COLOURS, *SHAPES, *plural, *BACKGROUNDS, *NUMBERS.values(), "small", "large", "background"}
-    return sorted(known - (fields - {"background"}))
+    return sorted([*caption_words(), ","])
 
 
 def _learned(samples: Sequence[str], **options: Any) -> tuple[dict[str, int], Any]:

@@ -104,10 +104,10 @@ FACTS: dict[str, TrackFacts] = {
         claim_seeds=5,
     ),
     "shapes-sd": _shapes(
-        "shapes-sd@2", "Stable Diffusion", "latent U-Net, text encoder and autoencoder in Stable Diffusion's formats", "DDIMScheduler", 2e5
+        "shapes-sd@3", "Stable Diffusion", "latent U-Net, text encoder and autoencoder in Stable Diffusion's formats", "DDIMScheduler", 2e5
     ),
     "shapes-sana": _shapes(
-        "shapes-sana@2",
+        "shapes-sana@3",
         "SANA",
         "latent flow transformer, text encoder and autoencoder in SANA's formats",
         "FlowMatchEulerDiscreteScheduler",

@@ -1,6 +1,7 @@
-"""The tracks `shapes-sd@2` and `shapes-sana@2`: captioned rendered scenes under two diffusers pipelines, checked attribute by attribute.
+"""The tracks `shapes-sd@3` and `shapes-sana@3`: captioned rendered scenes under two diffusers pipelines, checked attribute by attribute.
 
-2,000 samples, four of each of 500 captions whose combinations of attributes no training scene has.
+2,000 samples, four of each of 500 captions whose combinations of attributes no training caption has; half of what a caption could say
+it leaves open.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..api import Source
 from ..conditions import Conditions
-from ..data.shapes import CAPTIONS, Scene, draw_captions, draw_scenes, evaluation_pictures, evaluation_scenes, render
+from ..data.shapes import CAPTIONS, LEFT_OPEN, Scene, draw_captions, draw_scenes, evaluation_pictures, evaluation_scenes, render
 from ..errors import BadFileError, UsageError
 from ..metrics.arrays import as_float64
 from ..metrics.clip_shapes import clipcos_of
@@ -48,7 +49,7 @@ class ShapesSource:
 
     def __init__(self, teacher: DiffusersTeacher, scenes: int = TRAINING_SCENES):
         generator = generator_for(0, "shapes/source", scenes)
-        self._scenes = draw_scenes(scenes, generator)
+        self._scenes = draw_scenes(scenes, generator, left_open=LEFT_OPEN)
         captions = draw_captions(self._scenes, generator)
         self._teacher = teacher
         self._pictures = generator.get_state()

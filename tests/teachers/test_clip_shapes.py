@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from distillbench.data.shapes import PHRASINGS, draw_captions, draw_scenes, render
+from distillbench.data.shapes import LEFT_OPEN, PHRASINGS, draw_captions, draw_scenes, fits, render
 from distillbench.errors import BadFileError, UsageError
 from distillbench.randomness import generator_for
 from distillbench.teachers.zoo import zoo_card, zoo_folder
@@ -24,13 +24,13 @@ from distillbench.teachers.clip_shapes import changed, cosines, load_clip, own_s
 def drawn():
     """Scenes of both kinds of combination, their pictures and captions."""
     generator = generator_for(3, "test/clip-shapes", 0)
-    scenes = draw_scenes(120, generator) + draw_scenes(120, generator, held_out=True)
+    scenes = [scene for held_out in (False, True) for scene in draw_scenes(120, generator, held_out=held_out, left_open=LEFT_OPEN)]
     return scenes, render(scenes, generator), draw_captions(scenes, generator)
 
 
 def test_every_caption_has_tokens_and_no_other_text_has(drawn):
     scenes, _, _ = drawn
-    captions = [scene.caption(phrasing) for scene in scenes for phrasing in range(len(PHRASINGS[scene.kind]))]
+    captions = [scene.caption(phrasing) for scene in scenes for phrasing in range(len(PHRASINGS))]
     tokens = tokenize(captions)
     assert (tokens.argmax(1) == (tokens == clip_shapes.END).int().argmax(1)).all(), "open_clip reads out at the largest token"
     assert (tokens == clip_shapes.END).sum(1).tolist() == [1] * len(captions)
@@ -52,6 +52,7 @@ def test_a_changed_scene_differs_in_the_named_attribute_alone(drawn):
             assert others
             assert scene not in others
             assert len(set(others)) == len(others)
+            assert not fits(others, [scene]).any(), "a changed caption is false of the picture"
             for other in others:
                 differs = {f.name for f in dataclasses.fields(scene) if getattr(scene, f.name) != getattr(other, f.name)}
                 assert differs == {fields.get(attribute, "objects")}

@@ -35,7 +35,7 @@ def test_training_lowers_the_loss_and_is_reproducible(parts, monkeypatch):
     monkeypatch.setattr(shapes, "TRAINING_PICTURES", 64)
     monkeypatch.setattr(shapes, "BATCH", 8)
     generator = torch.Generator().manual_seed(0)
-    x, ids, mask, empty = shapes.training_set(parts, generator, (0.4, 0.3, 0.3))
+    x, ids, mask, empty = shapes.training_set(parts, generator, (0.4, 0.3, 0.3), 0.5)
     assert len(x) == len(ids) == len(mask) == 64
     assert empty[0].shape == (shapes_text.LENGTH,)
     fitted = [shapes.fit(shapes.untrained(parts.kind, parts.autoencoder, 0), lambda line: None, steps=12) for _ in range(2)]
