@@ -1,4 +1,4 @@
-"""Stand-ins for the user's own files of the tracks that ship none: an emoji package, and data in the layout of the published protocols."""
+"""Stand-ins for what users bring: an emoji package, data in the layout of the published protocols, folders of pictures."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from distillbench.data import emoji
+from distillbench.records import RunRecord
+from distillbench.store import Store
 
 CATEGORIES = ("Flags", "Objects")
 NAMES = ("RED BALL", "Blue flag", "box", "STAR OF NIGHT")
@@ -92,3 +94,19 @@ def write_data(folder: Path, captions: list[str], *, images: int = 10, h: int = 
             picture(200 + k, h, w).save(folder / f"training/images/{k}.png")
         (folder / "training/captions.txt").write_text("a\nbc\nd\nef\n")
     return folder
+
+
+def paint(folder, n, seed, *, side=16, shift=0):
+    """n pictures, smooth enough that their features differ by more than noise."""
+    folder.mkdir()
+    random = np.random.default_rng(seed)
+    for i in range(n):
+        small = random.integers(0, 200, (4, 4, 3)) + shift
+        Image.fromarray(small.astype(np.uint8)).resize((side, side)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def only(tmp_path: Path) -> RunRecord:
+    """The one record of the store there."""
+    (record,) = Store(tmp_path / "store").records()
+    return record
