@@ -216,9 +216,10 @@ def _near(scene: Scene, generator: torch.Generator) -> list[Scene]:
 def contrastive_loss(net: Any, generator: torch.Generator) -> Tensor:
     """Of a fresh batch: pictures against all captions, the changed ones among them, and captions against pictures; both cross-entropies.
 
+    Half of the captions say everything: which colour belongs to which shape is learnt where both are said, of both things.
     Captions of other rows that are true of a picture are left out there.
     """
-    scenes = draw_scenes(BATCH, generator, left_open=LEFT_OPEN)
+    scenes = draw_scenes(BATCH // 2, generator) + draw_scenes(BATCH // 2, generator, left_open=LEFT_OPEN)
     near = [other for scene in scenes for other in _near(scene, generator)]
     tokens = tokenize(draw_captions(scenes + near, generator))
     images = net.encode_image(_scaled(render(scenes, generator)), normalize=True)
@@ -229,7 +230,7 @@ def contrastive_loss(net: Any, generator: torch.Generator) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :BATCH].T, target)) / 2
 
 
-def train(folder: Path, progress: Callable[[str], None], *, steps: int = 1600, seed: int = 0) -> dict:
+def train(folder: Path, progress: Callable[[str], None], *, steps: int = 3000, seed: int = 0) -> dict:
     """Train the network (AdamW, cosine), save it in half precision with its card into `folder` and return the card."""
     start = time.perf_counter()
     generator = generator_for(seed, f"{NAME}/train", 0)

@@ -26,11 +26,14 @@ from .shapes_autoencoders import as_input, latents_of
 from .shapes_text import WIDTH, clip_encoder, clip_tokenizer, embed, gemma_encoder, gemma_tokenizer, seeded, token_ids
 
 CYCLES = {
-    "shapes-sd": (7000, 7000, 7000, 8000),
-    "shapes-sana": (8000, 9000, 6000, 9000),
+    "shapes-sd": (7000, 7000, 7000, 8000, 5000),
+    "shapes-sana": (8000, 9000, 6000, 9000, 5000),
 }  # updates; each cycle starts from the last one's average, its rate anew
-SHARES = ((0.4, 0.35, 0.25), (0.15, 0.5, 0.35), (0.1, 0.75, 0.15), (0.2, 0.5, 0.3))  # of the kinds of scene in a cycle
-OPEN = (0.0, 0.0, 0.0, LEFT_OPEN)  # in a cycle: first captions that say everything, then the track's own
+SHARES = {
+    "shapes-sd": ((0.4, 0.35, 0.25), (0.15, 0.5, 0.35), (0.1, 0.75, 0.15), (0.2, 0.5, 0.3), (0.1, 0.75, 0.15)),
+    "shapes-sana": ((0.4, 0.35, 0.25), (0.15, 0.5, 0.35), (0.1, 0.75, 0.15), (0.2, 0.5, 0.3), (0.15, 0.35, 0.5)),
+}  # of the kinds of scene in a cycle: what a teacher learns last weighs most in its last
+OPEN = (0.0, 0.0, 0.0, LEFT_OPEN, LEFT_OPEN)  # in a cycle: first captions that say everything, then the track's own
 BATCH = 64
 LEARNING_RATE = {"shapes-sd": 1.5e-3, "shapes-sana": 1.5e-3}
 WARM_UP = 200
@@ -104,7 +107,7 @@ def alphas_cumprod() -> Tensor:
 def fit(parts: Parts, progress: Callable[[str], None], *, steps: int, seed: int = 0, cycle: int = 0) -> Parts:
     """The parts with averaged weights after one cycle of `steps` updates. Products run in bfloat16, but for the last tenth."""
     generator = generator_for(seed, f"{parts.kind}/training", cycle)
-    x, ids, mask, empty = training_set(parts, generator, SHARES[cycle], OPEN[cycle])
+    x, ids, mask, empty = training_set(parts, generator, SHARES[parts.kind][cycle], OPEN[cycle])
     trained = parts.trained().requires_grad_(True).train()
     average = copy.deepcopy(trained)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=LEARNING_RATE[parts.kind], betas=(0.9, 0.99), weight_decay=0.01)
