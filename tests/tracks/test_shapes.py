@@ -66,8 +66,8 @@ def test_cards_state_what_was_asked_of_the_teachers(name):
     assert card["parameters"]["denoiser"] <= 1e6
     plain = card["scores"]["guidance 1"]
     assert plain["1 steps"]["whole"] < 0.5 * plain["50 steps"]["whole"], "one step of the teacher must leave something to distil"
-    assert plain["4 steps"]["fd"] > plain["50 steps"]["fd"]
-    assert plain["4 steps"]["attributes"] < plain["50 steps"]["attributes"]
+    assert plain["4 steps"]["fd"] > 1.05 * plain["50 steps"]["fd"], "a track that its teacher solves in 4 steps cannot rank methods"
+    assert plain["4 steps"]["attributes"] < plain["50 steps"]["attributes"] - 0.05
 
 
 def test_both_teachers_are_small():
