@@ -35,6 +35,8 @@ from distillbench.tracks.text_to_image import PipelineTrack
 from distillbench.training.costs import count
 from toy_pipelines import toy_ddpm, toy_sd
 
+SHAPES = FACTS["shapes-sd"].id
+
 
 class ToyTrack(PipelineTrack):
     """A track around a toy pipeline, at most two images on a processor."""
@@ -228,13 +230,13 @@ def made(seconds, changes=None):
     stages = {"label": "teacher", "compiled": False, "compile_seconds": None, "peak_memory_mb": 300.0, "evaluations": 4, "seconds": parts,
               "macs": macs}  # fmt: skip
     return LatencyRecord.measured(
-        track="shapes-sd@2", subject="teacher", steps=2, batch=1, seconds=seconds, threads=1, dtype="float32", device_class="cpu",
+        track=SHAPES, subject="teacher", steps=2, batch=1, seconds=seconds, threads=1, dtype="float32", device_class="cpu",
         created="2025-01-01T00:00:00Z", stages=stages | (changes or {}),
     )  # fmt: skip
 
 
 def test_a_record_without_stages_keeps_the_form_and_the_id_it_always_had():
-    old = LatencyRecord.measured(track="shapes-sd@2", subject="teacher", steps=2, batch=1, seconds=[1.0], threads=1, dtype="float32",
+    old = LatencyRecord.measured(track=SHAPES, subject="teacher", steps=2, batch=1, seconds=[1.0], threads=1, dtype="float32",
                                  device_class="cpu")  # fmt: skip
     data = old.to_json()
     assert "stages" not in data
@@ -286,7 +288,7 @@ def test_a_board_shows_the_stages_and_says_what_is_too_noisy():
 
 def test_the_latest_measurement_counts_and_rows_keep_their_own_latency():
     first, second = made([1.0]), replace(made([3.0]), created="2025-02-01T00:00:00Z")
-    alone = LatencyRecord.measured(track="shapes-sd@2", subject="teacher", steps=2, batch=1, seconds=[0.5], threads=1, dtype="float32",
+    alone = LatencyRecord.measured(track=SHAPES, subject="teacher", steps=2, batch=1, seconds=[0.5], threads=1, dtype="float32",
                                    device_class="cpu")  # fmt: skip
     assert Board.from_records([], [second, first, alone], "shapes-sd").stages == (second,)
 
@@ -322,7 +324,7 @@ def test_the_command_measures_prints_and_stores(distillbench, monkeypatch, track
     assert "end to end" in out
     assert "toy" in out
     assert "FLOPs" in out
-    assert [record.stages["label"] for record in Store(tmp_path / "store").latencies("shapes-sd@2")].count("teacher") == 2
+    assert [record.stages["label"] for record in Store(tmp_path / "store").latencies(SHAPES)].count("teacher") == 2
 
 
 @pytest.mark.parametrize(("arguments", "why"), [
