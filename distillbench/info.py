@@ -69,6 +69,7 @@ class MethodInfo:
     """The card of a method. `trains` is "one student" (one training serves every step count) or "a student per step count".
 
     `tunes`: at most three knobs that the common tuning protocol searches on every track.
+    `rewards`: networks whose judgement of samples training maximises, by their extractors' names; they score nothing of its runs.
     """
 
     id: str
@@ -85,6 +86,7 @@ class MethodInfo:
     deviations: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
     tunes: tuple[Search, ...] = ()
+    rewards: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for domain in self.domain:
@@ -97,6 +99,8 @@ class MethodInfo:
             raise ValueError(f"{self.id}: unknown data_access {self.data_access!r}; known: {', '.join(DATA_ACCESS)}")
         if self.trains not in ("one student", "a student per step count"):
             raise ValueError(f"{self.id}: trains is 'one student' or 'a student per step count', not {self.trains!r}")
+        if not isinstance(self.rewards, tuple) or not all(isinstance(name, str) for name in self.rewards):
+            raise ValueError(f'{self.id}: rewards is a tuple of names, as in ("clip-shapes",), not {self.rewards!r}')
         if len(self.tunes) > MOST_SEARCHED:
             raise ValueError(f"{self.id}: tunes names {len(self.tunes)} knobs; the protocol allows {MOST_SEARCHED}")
 

@@ -120,7 +120,7 @@ def _trained(resolved: Resolved, store: Store, say: Report, track: Track, method
         say(0.95 + 0.05 * number / len(job.steps), f"scoring {steps} steps")
         samples = sample_student(student, track, steps, device=job.device)
         _keep_preview(folder, steps, samples.x, track)
-        scores[str(steps)] = [score.to_json() for score in track.score(samples.x)]
+        scores[str(steps)] = [score.unless_rewarded(method.info.rewards).to_json() for score in track.score(samples.x)]
         evaluations[str(steps)] = samples.evaluations
     used = {**dataclasses.asdict(spent), "peak_memory_mb": peak_memory(job.device)}
     (folder / "losses.json").write_text(json.dumps(loop.position.losses))

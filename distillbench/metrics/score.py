@@ -59,6 +59,13 @@ class Score:
             return self
         return dataclasses.replace(self, low=self.value - 1.96 * deviation, high=self.value + 1.96 * deviation)
 
+    def unless_rewarded(self, rewards: Sequence[str]) -> Score:
+        """The same score, but without its value where the network that takes it was a reward in training: that one is no judge."""
+        judge = self.identity.get("extractor")
+        if judge not in rewards:
+            return self
+        return dataclasses.replace(self, value=None, low=None, high=None, note=f"not run: {judge} was a reward in training")
+
     def to_json(self) -> dict[str, Any]:
         """A dictionary for JSON."""
         return dataclasses.asdict(self)

@@ -2,7 +2,7 @@
 
 It sees scenes of the combinations that training sees, never those held out. In every batch each picture also meets captions that
 differ from its own in one attribute: without them a contrastive model learns which words occur and not what they belong to.
-It may serve as a reward, and then scores nothing of that run.
+It may serve as a reward (`MethodInfo.rewards`), and then scores nothing of that run.
 """
 
 from __future__ import annotations
