@@ -1,6 +1,6 @@
 """Sampling through the adapter against the pipeline's own call, on the same latents and embeddings, with the same result.
 
-    python benchmarks/sampling_speed.py [--pipeline FOLDER ...] [--batch 16] [--steps 20] [--rounds 9]
+    python benchmarks/sampling_speed.py [--pipeline FOLDER ...] [--batch 16] [--steps 20] [--rounds 31]
 
 Without --pipeline: the embedded shapes-sd and shapes-sana.
 """
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--pipeline", action="append", metavar="FOLDER", help="of StableDiffusionPipeline or SanaPipeline; again for more")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=31)
     options = parser.parse_args()
     torch.set_num_threads(1)
     named = options.pipeline or [str(zoo_folder(name) / "pipeline") for name in ("shapes-sd", "shapes-sana")]
