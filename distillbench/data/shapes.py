@@ -145,7 +145,7 @@ def redrawn(scene: Scene, generator: torch.Generator) -> Scene:
     """Another scene of which the same is said: what is left open is drawn anew."""
     only = [float(kind == scene.kind) for kind in KINDS]
     while scene.unsaid:
-        other = replace(_scene(_uniform(1, 8, generator)[0], only), unsaid=scene.unsaid)
+        other = _scene(_uniform(1, 8, generator)[0], only)
         said = scene.said.objects
         pairs = [(colour or new, shape) for (colour, shape), (new, _) in zip(said, other.objects, strict=True)]
         if len({colour for colour, _ in pairs}) == len(pairs):
@@ -165,7 +165,8 @@ def draw_captions(scenes: Sequence[Scene], generator: torch.Generator) -> list[s
 def fits(scenes: Sequence[Scene], pictures: Sequence[Scene]) -> Tensor:
     """Whether what is said of each of n scenes is true of each of m scenes: bool (n, m). Two things may be named in either order."""
     said = torch.tensor([_codes(scene.said) for scene in scenes])[:, None]
-    shown = [torch.tensor([_codes(make(scene)) for scene in pictures])[None] for make in (_as_it_is, _told_from_the_other)]
+    told = (pictures, [_told_from_the_other(scene) for scene in pictures])
+    shown = [torch.tensor([_codes(scene) for scene in way])[None] for way in told]
     return torch.stack([((said == codes) | (said == 0)).all(-1) for codes in shown]).any(0)
 
 
@@ -176,13 +177,9 @@ def _codes(scene: Scene) -> list[int]:
     return [scene.number, *(options.index(word) for word in (scene.kind, scene.background, scene.size, scene.place, *first, *second))]
 
 
-def _as_it_is(scene: Scene) -> Scene:
-    return replace(scene, unsaid=frozenset())
-
-
 def _told_from_the_other(scene: Scene) -> Scene:
     opposite = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
-    return replace(scene, objects=scene.objects[::-1], place=opposite.get(scene.place, scene.place), unsaid=frozenset())
+    return replace(scene, objects=scene.objects[::-1], place=opposite.get(scene.place, scene.place))
 
 
 # ---------------------------------------------------------------------- pictures
