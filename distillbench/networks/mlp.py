@@ -71,7 +71,7 @@ class MLP(Backbone):
         self.label = embedding(config.classes + 1, config.width, generator, std=0.5) if config.classes else None
         self.second_time = zero_linear(features, config.width, bias=False) if config.second_time else None
         self.guidance = zero_linear(GUIDANCE_FEATURES, config.width, bias=False) if config.guidance_input else None
-        self.log_variance = zero_linear(config.width, 1) if config.log_variance else None
+        self.log_variance = zero_linear(features, 1) if config.log_variance else None
         if config.lora_rank:
             add_adapters(self, config.lora_rank, generator, alpha=config.lora_alpha or None, targets=config.lora_targets)
 
@@ -88,7 +88,8 @@ class MLP(Backbone):
         self._check(second_time, guidance, taps, stop)
         dtype = self.first.weight.dtype
         angles = (x[:, :, None] * self.x_at).flatten(1)
-        inner = self.first(torch.cat([part.to(dtype) for part in (x, angles.sin(), angles.cos(), waves(t, self.at))], dim=1))
+        times = waves(t, self.at).to(dtype)
+        inner = self.first(torch.cat([part.to(dtype) for part in (x, angles.sin(), angles.cos(), times)], dim=1))
         if self.label is not None:
             inner = inner + self.label(self._labels(x, conditions))
         if self.second_time is not None and second_time is not None:
@@ -105,5 +106,5 @@ class MLP(Backbone):
                 features[name] = h
                 if stop and len(features) == len(set(taps)):
                     return Output(None, features)
-        log_variance = None if self.log_variance is None else self.log_variance(h).squeeze(1)
+        log_variance = None if self.log_variance is None else self.log_variance(times).squeeze(1)
         return Output(self.last(h).to(x.dtype), features, log_variance)
