@@ -38,6 +38,7 @@ SANA = {"sample_size": 32, "in_channels": 32, "out_channels": 32, "num_layers": 
         "num_cross_attention_heads": 16, "cross_attention_head_dim": 72, "cross_attention_dim": 1152, "caption_channels": 2304,
         "mlp_ratio": 2.5}  # fmt: skip
 MOST = 256
+POOL = 64  # latents and prompts that there are
 SIDE = 8192  # of the square matrices whose product says what the card can do
 
 
@@ -62,20 +63,26 @@ ROWS: tuple[tuple[str, Size], ...] = (("dmd2", SD15), ("swiftbrush", SD15), ("sc
 
 
 class RandomSource:
-    """Random latents and embeddings; implements `api.Source`."""
+    """Random latents and embeddings, drawn from a few that lie on the device as a store of real ones would; implements `api.Source`."""
 
     def __init__(self, size: Size, device: str, dtype: torch.dtype):
-        self.size, self.device, self.dtype = size, device, dtype
+        length, width = size.tokens
+        generator = torch.Generator(device).manual_seed(0)
+        self._latents = torch.randn(POOL, *size.shape, generator=generator, device=device)
+        tokens = torch.randn(POOL, length, width, generator=generator, device=device).to(dtype)
+        null = torch.zeros(length, width, device=device, dtype=dtype)
+        ones = torch.ones(POOL, length, dtype=torch.int64, device=device)
+        self._conditions = Conditions({"tokens": tokens, "mask": ones}, {"tokens": null, "mask": ones[0]})
 
     def conditions(self, n: int, generator: torch.Generator) -> Conditions:
-        length, width = self.size.tokens
-        tokens = torch.randn(n, length, width, generator=generator).to(self.device, self.dtype)
-        null = torch.zeros(length, width, device=self.device, dtype=self.dtype)
-        ones = torch.ones(n, length, dtype=torch.int64, device=self.device)
-        return Conditions({"tokens": tokens, "mask": ones}, {"tokens": null, "mask": ones[0]})
+        return self._conditions[self._rows(n, generator)]
 
     def draw(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, Conditions]:
-        return torch.randn(n, *self.size.shape, generator=generator).to(self.device), self.conditions(n, generator)
+        rows = self._rows(n, generator)
+        return self._latents[rows], self._conditions[rows]
+
+    def _rows(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.randint(POOL, (n,), generator=generator).to(self._latents.device)
 
 
 def random_teacher(size: Size, device: str, dtype: torch.dtype) -> Denoiser:
