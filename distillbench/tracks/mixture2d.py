@@ -106,7 +106,7 @@ def _asked() -> Tensor:
 @cache
 @torch.no_grad()
 def _teacher_samples() -> Array:
-    teacher = _teacher()
+    teacher = load_teacher("mixture2d")  # one of its own, on the processor: the track's may be anywhere
     noise = sample_noise(range(TEACHER_SEED, TEACHER_SEED + N), (2,))
     return as_float64(ddim(teacher, noise, _mixture().conditions(_asked()), time_grid(teacher.schedule, TEACHER_STEPS)))
 

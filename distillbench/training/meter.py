@@ -143,7 +143,8 @@ class Meter:
 
 def pass_cost(teacher: Any, shape: tuple[int, ...], conditions: Conditions) -> int:
     """The unit of the budget: multiply-adds of one forward of the teacher's network on one example."""
-    x = torch.zeros(1, *shape)
+    device = next(teacher.network.parameters()).device
+    x, t = torch.zeros(1, *shape, device=device), torch.full((1,), 0.5, device=device)
     with torch.no_grad(), Counting() as counting:
-        teacher.network(x, torch.full((1,), 0.5), conditions[:1])
+        teacher.network(x, t, conditions[:1].to(device))
     return counting.macs.total
