@@ -91,8 +91,7 @@ speed: $(VENV)/dev  ## how fast the harness and the metrics are, into the README
 	@$(BIN)/python benchmarks/sampling_speed.py | tee -a benchmarks/results.txt
 	@echo | tee -a benchmarks/results.txt
 	@$(BIN)/python benchmarks/shapes_step_speed.py | tee -a benchmarks/results.txt
-	@echo | tee -a benchmarks/results.txt
-	@$(BIN)/python benchmarks/gpu_full_size.py | tee -a benchmarks/results.txt
+	@$(BIN)/python benchmarks/gpu_full_size.py --out benchmarks/gpu_full_size.txt
 	@$(BIN)/python benchmarks/into_readme.py
 
 clean:  ## remove the virtual environment and caches (never the store)

@@ -1,11 +1,12 @@
 """One optimiser step of four methods on networks of full size with random weights, in bfloat16, on a GPU.
 
-    python benchmarks/gpu_full_size.py [--rounds 5] [--only dmd2,scm]
+    python benchmarks/gpu_full_size.py [--rounds 5] [--only dmd2,scm] [--out benchmarks/gpu_full_size.txt]
 
 dmd2 and swiftbrush on Stable Diffusion 1.5's U-Net (64 x 64 latents of 512 px), scm and sana_sprint on SANA-0.6B's transformer (32 x 32
 latents of 1024 px). Latents and embeddings are random: text encoders and autoencoders take no part in these losses. The step is the
 method's own cycle of turns, every update of which is made once or as often as it says, with its optimisers and averages; weights and
-activations are bfloat16, the heads' weights float32. The batch is doubled until memory ends. Without a GPU it says so and ends.
+activations are bfloat16, the heads' weights float32. The batch is doubled until memory ends. Without a GPU it says so, ends, and leaves
+the table of the last run as it is.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -176,19 +178,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default=",".join(method for method, _ in ROWS), metavar="A,B", help="methods (default: all four)")
+    parser.add_argument("--out", type=Path, help="a file for the table too; a row is written when it is there")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_full_size: no GPU here; nothing was measured")
         return 0
+    if options.out:
+        options.out.write_text("")
+
+    def tell(line: str) -> None:
+        print(line, flush=True)
+        if options.out:
+            with options.out.open("a") as file:
+                file.write(line + "\n")
+
     device, dtype = "cuda", torch.bfloat16
     rate = matrix_rate(device, dtype)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {dtype}; matrix products of {SIDE}: {2 * rate / 1e12:.0f} TFLOP/s")
-    print(f"{'method':<14}{'network':<12}{'batch':>6}{'ms a cycle':>12}{'images/s':>10}{'peak GB':>9}{'of matrix rate':>16}")
+    tell(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {dtype}; matrix products of {SIDE}: {2 * rate / 1e12:.0f} TFLOP/s")
+    tell(f"{'method':<14}{'network':<12}{'batch':>6}{'ms a cycle':>12}{'images/s':>10}{'peak GB':>9}{'of matrix rate':>16}")
     for method, size in ROWS:
         if method in options.only.split(","):
             found = measure(method, size, device=device, dtype=dtype, rate=rate, rounds=options.rounds)
-            print(f"{method:<14}{size.name:<12}{found.batch:>6}{found.seconds * 1e3:>12.1f}{found.images_per_second:>10.1f}"
-                  f"{found.peak_gb:>9.1f}{found.share:>15.1%}", flush=True)  # fmt: skip
+            tell(f"{method:<14}{size.name:<12}{found.batch:>6}{found.seconds * 1e3:>12.1f}{found.images_per_second:>10.1f}"
+                 f"{found.peak_gb:>9.1f}{found.share:>15.1%}")  # fmt: skip
             torch.cuda.empty_cache()
     return 0
 
