@@ -45,6 +45,22 @@ def test_training_lowers_the_loss_and_is_reproducible(parts, monkeypatch):
     assert after < before
 
 
+def test_one_go_is_cycle_by_cycle_through_files(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "TRAINING_PICTURES", 64)
+    monkeypatch.setattr(shapes, "BATCH", 8)
+    monkeypatch.setattr(shapes_pipelines, "CYCLES", {parts.kind: (3, 2)})
+    monkeypatch.setattr(shapes_pipelines, "train_autoencoder", lambda kind, progress, seed: (parts.autoencoder, {}))
+    monkeypatch.setattr(shapes_pipelines, "finish", lambda made, *rest: made)
+    whole = shapes_pipelines.train(parts.kind, tmp_path, lambda line: None)
+    made = shapes.fit(shapes.untrained(parts.kind, parts.autoencoder, 0), lambda line: None, steps=3, cycle=0)
+    for name in ("network", "encoder"):
+        getattr(made, name).save_pretrained(tmp_path / name)
+        setattr(made, name, type(getattr(made, name)).from_pretrained(tmp_path / name))
+    made = shapes.fit(made, lambda line: None, steps=2, cycle=1)
+    for ours, theirs in zip(made.trained().parameters(), whole.trained().parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @torch.no_grad()
 def _loss(parts, x, ids, mask):
     generator = torch.Generator().manual_seed(1)
