@@ -138,7 +138,8 @@ def write_recipe(study: Study, path: Path | None = None) -> Path:
         held[study.method] = _section(study)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(f".{os.getpid()}.tmp")
-        head = f"# Values of each method on {study.facts.name} as `distillbench tune` found them, with every trial.\n\n"
+        origin = "with trials as `distillbench tune` found them, without as another track has them"
+        head = f"# Values of each method on {study.facts.name}: {origin}.\n\n"
         beside.write_text(head + tomli_w.dumps(dict(sorted(held.items()))), encoding="utf-8")
         os.replace(beside, path)
     except OSError as error:
