@@ -75,8 +75,8 @@ class SanaSprint(Method):
             Claim("four steps beat four steps of the teacher", "sana_sprint", "teacher", "in-mode", steps=4),
         ),
         tunes=(
-            Search("lr", 1e-4, 4e-3, log=True),
-            Search("p_mean", -1.2, 0.4),
+            Search("lr", 3e-5, 2e-3, log=True),
+            Search("p_mean", -2.0, 0.2),
             Search("adv_lambda", 0.03, 1.0, log=True),
         ),
     )
@@ -105,7 +105,7 @@ class SanaSprint(Method):
         jvp: str = knob("exact", "forward mode, or central differences along the flow", choices=("exact", "fd"))
         t_mid: float = knob(1.3, "the angle of the second of two steps (ablations: 1.0)", low=0.01, high=1.57)
         grid: tuple[float, ...] = knob((), "angles of the student of as many steps, falling from pi/2; empty: the usual ones")
-        lr: float = knob(5e-4, "of the student", low=0)
+        lr: float = knob(1e-4, "of the student", low=0)
         d_lr: float | None = knob(None, "of the heads; None: lr", low=0)
         betas: tuple[float, ...] = knob((0.9, 0.99), "of the student's AdamW", low=0, high=0.99999)
         d_betas: tuple[float, ...] = knob((0.5, 0.99), "of the heads' AdamW", low=0, high=0.99999)

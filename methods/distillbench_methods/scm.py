@@ -44,7 +44,8 @@ class ContinuousConsistency(Method):
             "the log-variance head is linear on the time embedding, as the paper's, and on the time's sinusoids in the MLP, which has none",
             "the warm-up of r is a tenth of the training (paper: 10,000 updates)",
             "samples start from pure noise at pi/2 (paper: atan(80 / sigma_data), where tan t is 80 to 160)",
-            "rates: default 3e-4 for small networks (paper 6.5e-5 to 1e-4), falling linearly over the second half",
+            "the rate falls linearly over the second half (paper: constant, or as 1 / sqrt(t) late); times near the data are searched,"
+            " since training drifts away where few are drawn there",
             "the half-life of the average that is scored is at most 5 % of the updates so far",
             "an embedded guidance scale enters as the network's own guidance input, not as the paper's positional embedding",
             "the weight 1 / (sigma_data tan t) is in g once; FastGen and SANA multiply by it again, which a learnt weight undoes",
@@ -65,8 +66,8 @@ class ContinuousConsistency(Method):
             Claim("four steps beat four steps of the teacher", "scm", "teacher", "in-mode", steps=4),
         ),
         tunes=(
-            Search("lr", 1e-4, 2e-3, log=True),
-            Search("p_mean", -1.2, 0.6),
+            Search("lr", 3e-5, 2e-3, log=True),
+            Search("p_mean", -1.6, 0.0),
             Search("c", 0.01, 1.0, log=True),
         ),
     )
@@ -87,7 +88,7 @@ class ContinuousConsistency(Method):
         jvp: str = knob("exact", "forward mode, or central differences along the flow", choices=("exact", "fd"))
         t_mid: float = knob(1.1, "the angle of the second of two steps", low=0.01, high=1.57)
         grid: tuple[float, ...] = knob((), "angles of the student of as many steps, falling from pi/2; empty: the usual ones")
-        lr: float = knob(3e-4, "learning rate", low=0)
+        lr: float = knob(1e-4, "learning rate (paper: 6.5e-5 to 1e-4)", low=0)
         optimizer: str = knob("adam", "which optimiser (paper, CIFAR-10: radam)", choices=("adam", "radam", "adamw"))
         betas: tuple[float, ...] = knob((0.9, 0.99), "of the optimiser", low=0, high=0.99999)
         eps: float = knob(1e-8, "of the optimiser (paper, EDM2: 1e-11)", low=1e-16)
