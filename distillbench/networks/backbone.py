@@ -133,7 +133,7 @@ class Backbone(nn.Module, ABC):
         return self._rebuilt(guidance_input=True)
 
     def with_log_variance(self) -> Self:
-        """A copy that also returns a log-variance, at first 0: linear on the time embedding, where there is one, or on the time's waves."""
+        """A copy that also returns a log-variance of the time alone, at first 0. Its gradient moves the head and nothing else."""
         return self._rebuilt(log_variance=True)
 
     def lora(self, rank: int, generator: torch.Generator | None = None, *, alpha: float | None = None,

@@ -134,7 +134,7 @@ class DiffusersBackbone(Backbone):
                 prediction = self._run(x.to(self.dtype), timestep, conditions, strength)
             except _Stop:
                 return Output(None, features)
-        log_variance = None if self.log_variance is None else self.log_variance(times[0]).squeeze(1)
+        log_variance = None if self.log_variance is None else self.log_variance(times[0].detach()).squeeze(1)
         return Output(prediction[:, : x.shape[1]].to(x.dtype), features, log_variance)
 
     @contextmanager

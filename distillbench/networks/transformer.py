@@ -90,7 +90,7 @@ class Transformer(Backbone):
         self.last = zero_linear(width, pixels)
         self.second_time = zero_linear(features, width, bias=False) if config.second_time else None
         self.guidance = zero_linear(GUIDANCE_FEATURES, width, bias=False) if config.guidance_input else None
-        self.log_variance = zero_linear(width, 1) if config.log_variance else None
+        self.log_variance = zero_linear(features, 1) if config.log_variance else None
         if config.lora_rank:
             add_adapters(self, config.lora_rank, generator, alpha=config.lora_alpha or None, targets=config.lora_targets)
 
@@ -123,9 +123,7 @@ class Transformer(Backbone):
                 features[name] = h.transpose(1, 2).reshape(len(x), *self.tap_shape(name))
                 if stop and len(features) == len(set(taps)):
                     return Output(None, features)
-        log_variance = None
-        if self.log_variance is not None:
-            log_variance = self.log_variance(self.time_out(F.silu(self.time(waves(t, self.at).to(dtype))))).squeeze(1)
+        log_variance = None if self.log_variance is None else self.log_variance(waves(t, self.at).to(dtype)).squeeze(1)
         shift, scale = self.last_modulation(embedded)[:, None].chunk(2, dim=2)
         return Output(self._joined(self.last(modulated(h, shift, scale))).to(x.dtype), features, log_variance)
 

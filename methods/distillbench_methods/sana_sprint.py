@@ -58,7 +58,7 @@ class SanaSprint(Method):
             "the warm-up of r is a fifth of the training: 4,000 of 20,000 counted steps, student's and discriminator's",
             "p_mean is the paper's 0.0; the released configuration has 0.2",
             "a gradient that is not finite stops the run (released code: skips the update); the R1 penalty, off there, is left out",
-            "the log-variance head is linear on the time's sinusoids in the MLP, which has no time embedding",
+            "the log-variance head moves nothing but itself (released code: the time embedding too), as in scm",
             "the published results were not reproduced",
             "not claims: that the transform is lossless and that a time input of 1000 tau spoils the tangent (tested as analytic facts, in"
             " tests/parts/test_trigflow.py), that embedding the scale helps (these tracks score an unguided teacher)",

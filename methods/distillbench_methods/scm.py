@@ -41,7 +41,8 @@ class ContinuousConsistency(Method):
             "times default to a mean log tan t of -0.3 with sigma_data 1, for data of deviation near 1: the paper's -1.0 at 0.5",
             "the teacher is taken as it is: no TrigFlow teacher is trained, F is read from it at equal signal-to-noise ratio",
             "the networks keep their time features and normalisation; the paper's slower embedding and pixel-normalised AdaGN are left out",
-            "the log-variance head is linear on the time embedding, as the paper's, and on the time's sinusoids in the MLP, which has none",
+            "the log-variance head is linear on the time's sinusoids (diffusers' networks: on the time embedding) and moves nothing else;"
+            " where it moved the time embedding too, as one on the network's own does, training on digits drifted away",
             "the warm-up of r is a tenth of the training (paper: 10,000 updates)",
             "samples start from pure noise at pi/2 (paper: atan(80 / sigma_data), where tan t is 80 to 160)",
             "the rate falls linearly over the second half (paper: constant, or as 1 / sqrt(t) late); times near the data are searched,"
