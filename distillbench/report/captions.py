@@ -117,8 +117,13 @@ def of_samples(board: Board, grid: Grid, evaluations: Sequence[int]) -> str:
         f"Samples on {board.facts.id}. Above: truth, and the teacher with all its evaluations. Below: the teacher and every method "
         f"(trained under budget {grid.budget}, first seed) with {listed(map(str, evaluations))} network evaluations. {what} The teacher "
         "and all students start from the same noise and the same classes, so that the same place in two panels can be compared; truth "
-        "is drawn from the data. Samples are not selected."
+        f"is drawn from the data. Samples are not selected.{_gaps(grid, evaluations)}"
     )
+
+
+def _gaps(grid: Grid, evaluations: Sequence[int]) -> str:
+    whole = all(n in pictures for pictures in grid.rows.values() for n in evaluations)
+    return "" if whole else " A dash: no such samples, most often because the method makes one step only."
 
 
 def of_prompts(board: Board, grid: PromptGrid) -> str:

@@ -240,7 +240,7 @@ def sample_grid(grid: Grid, evaluations: Sequence[int], looks: Looks) -> Figure:
             if n in pictures:
                 _show(axis, pictures[n])
             else:
-                axis.text(0.5, 0.5, "not kept", ha="center", va="center", color=INK, transform=axis.transAxes)
+                axis.text(0.5, 0.5, "–", ha="center", va="center", color=MUTED, transform=axis.transAxes)
     return figure
 
 

@@ -273,16 +273,19 @@ def test_emoji_is_trained_and_run_at_toy_size(tmp_path, monkeypatch, distillbenc
     files = emoji_files(40)
     sha256 = expect_emoji(monkeypatch, files, 40)
     data = write_files(files, tmp_path / "package")
-    assert "zoo train emoji --data PATH" in facts_of("emoji").teacher
     assert "needs --data PATH" in distillbench("zoo", "train", "emoji").err
     assert "leave --data out" in distillbench("zoo", "train", "mixture2d", "--data", data).err
-    changes = {"autoencoder": {"block_out_channels": (8, 8, 8)}, "network": {"block_out_channels": (8, 16), "layers_per_block": 1}}
-    card = training.train(tmp_path / "made", lambda line: None, data=data, steps=3, autoencoder_steps=3, batch=4, **changes)
-    assert (card["data"]["sha256"], card["cost"]["steps"]) == (sha256, 3)
+    few = {"steps": {"autoencoder": 3, "denoiser": 3}, "batch": {"autoencoder": 4, "denoiser": 4}}
+    changes = {"autoencoder": {"block_out_channels": (8, 8, 8, 8)}, "network": {"block_out_channels": (8, 16)}}
+    monkeypatch.setattr(training, "EVALUATED", (1, 2))
+    card = training.train(tmp_path / "made", lambda line: None, data=data, **few, **changes)
+    assert (card["data"]["sha256"], card["cost"]["denoiser"]["steps"]) == (sha256, 3)
+    assert card["scores"].keys() == {"n", "against", "autoencoder", "guidance 1", "guidance 2"}
+    assert card["scores"]["guidance 2"]["2 steps"]["fd"] > 0
 
     track = get_track("emoji", str(tmp_path / "made/pipeline"), str(data))
     held_out = track.drawings(held_out=True)
-    assert (track.shape, track.guidance, track.evaluations) == ((4, 16, 16), training.GUIDANCE, 4 * len(held_out))
+    assert (track.shape, track.guidance, track.evaluations) == ((16, 8, 8), training.GUIDANCE, 4 * len(held_out))
     assert set(track.drawings(held_out=False).captions).isdisjoint(track.prompts())
     conditions, seeds = track.evaluation()
     samples = track.sample_teacher(conditions, list(seeds), 1)
@@ -296,7 +299,7 @@ def test_emoji_is_trained_and_run_at_toy_size(tmp_path, monkeypatch, distillbenc
     assert (floor["diversity"].value, floor["diversity"].note[:8]) == (None, "not run:")
     assert (track.read_categories(track.extractor(train.images)) == train.labels.numpy()).mean() > 0.9
     x, drawn = track.source().draw(2, torch.Generator().manual_seed(0))
-    assert x.shape == (2, 4, 16, 16)
+    assert x.shape == (2, 16, 8, 8)
     assert "tokens" in drawn
 
 
