@@ -17,16 +17,18 @@ import torch
 from safetensors.torch import save_file
 
 from ..data.shapes import evaluation_pictures, evaluation_scenes
+from ..errors import BadFileError
 from ..metrics.extractors import embedded_extractor, to_uint8
 from ..metrics.frechet import frechet_distance
 from ..metrics.shapes_checker import accuracies, attributes
 from ..networks.files import sha256_file
 from ..torchvision_repair import repair_torchvision
-from .cards import CARD
+from .cards import CARD, read_card
 from .diffusers import SETTINGS, DiffusersTeacher, open_pipeline, quiet
 from .shapes import BETAS, CYCLES, Parts, fit, untrained
 from .shapes_autoencoders import train_autoencoder
 from .shapes_text import LENGTH
+from .zoo import zoo_folder
 
 PIPELINE, REFERENCE = "pipeline", "reference.safetensors"
 AUTOENCODERS = {"shapes-sd": "kl", "shapes-sana": "dc"}
@@ -88,8 +90,7 @@ def finish(parts: Parts, folder: Path, made: dict[str, Any], progress: Callable[
     if parts.kind == "shapes-sana":  # captions alone, not SANA's long instruction before them
         settings = {"complex_human_instruction": None, "max_sequence_length": LENGTH}
         (folder / PIPELINE / SETTINGS).write_text(json.dumps(settings) + "\n", encoding="utf-8")
-    for file in (folder / PIPELINE).rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors makes files that other users of an installed package cannot read
+    readable(folder / PIPELINE)
     teacher = open_pipeline(folder / PIPELINE)
     scale = GUIDANCE[parts.kind]
     progress("sampling for the reference")
@@ -118,14 +119,28 @@ def finish(parts: Parts, folder: Path, made: dict[str, Any], progress: Callable[
     return card
 
 
+def readable(folder: Path) -> None:
+    """Let all users read what is in it: safetensors makes files that other users of an installed package cannot read."""
+    for file in folder.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
+
+
 def pipeline_sha256(folder: Path) -> str:
     """Of all files of a pipeline folder, their names included."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return sha256("\n".join(f"{file.relative_to(folder).as_posix()} {sha256_file(file)}" for file in files).encode()).hexdigest()
 
 
+def shipped_pipeline(name: str) -> Path:
+    """The pipeline folder of a teacher of the zoo. Raises BadFileError where it is not what its card states."""
+    folder = zoo_folder(name) / PIPELINE
+    if pipeline_sha256(folder) != read_card(zoo_folder(name))["sha256"]:
+        raise BadFileError(f"{folder}: not what its card states; install distillbench again, or make it with `zoo train {name}`")
+    return folder
+
+
 def sampled(teacher: DiffusersTeacher, captions: list[str], first_seed: int, steps: int, scale: float) -> torch.Tensor:
-    """Images uint8 (n, 3, 32, 32), one for each caption, from consecutive seeds."""
+    """Images uint8 (n, 3, h, w), one for each caption, from consecutive seeds."""
     conditions = teacher.conditions(captions)
     parts = []
     for start in range(0, len(captions), 250):

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..api import Source
 from ..conditions import Conditions
 from ..data.shapes import CAPTIONS, LEFT_OPEN, Scene, draw_captions, draw_scenes, evaluation_pictures, evaluation_scenes, render
-from ..errors import BadFileError, UsageError
+from ..errors import UsageError
 from ..metrics.arrays import as_float64
 from ..metrics.clip_shapes import clipcos_of
 from ..metrics.images import Reference
@@ -174,12 +174,9 @@ class ShapesValidation(Shapes):
 @cache
 def _opened(name: str) -> DiffusersTeacher:
     from ..teachers.diffusers import open_pipeline
-    from ..teachers.shapes_pipelines import PIPELINE, pipeline_sha256
+    from ..teachers.shapes_pipelines import shipped_pipeline
 
-    folder = zoo_folder(name) / PIPELINE
-    if pipeline_sha256(folder) != read_card(zoo_folder(name))["sha256"]:
-        raise BadFileError(f"{folder}: not what its card states; install distillbench again, or make it with `zoo train {name}`")
-    return open_pipeline(folder)
+    return open_pipeline(shipped_pipeline(name))
 
 
 @cache

@@ -14,6 +14,7 @@ from distillbench.data.shapes import CAPTIONS, PER_CAPTION
 from distillbench.errors import BadFileError, UsageError
 from distillbench.metrics.extractors import to_uint8
 from distillbench.metrics.shapes_checker import attributes
+from distillbench.teachers import shapes_pipelines
 from distillbench.teachers.cards import read_card
 from distillbench.teachers.shapes_pipelines import PIPELINE
 from distillbench.teachers.zoo import zoo_folder
@@ -107,9 +108,9 @@ def test_training_data_is_a_function_of_the_generator(track):
 def test_a_changed_file_is_refused(tmp_path, monkeypatch):
     shutil.copytree(zoo_folder("shapes-sd"), tmp_path / "shapes-sd")
     (tmp_path / "shapes-sd" / PIPELINE / "model_index.json").write_text("{}")
-    monkeypatch.setattr(module, "zoo_folder", lambda name: tmp_path / name)
+    monkeypatch.setattr(shapes_pipelines, "zoo_folder", lambda name: tmp_path / name)
     with pytest.raises(BadFileError, match="zoo train shapes-sd"):
-        module._opened.__wrapped__("shapes-sd")
+        shapes_pipelines.shipped_pipeline("shapes-sd")
 
 
 def test_too_few_images_are_refused(track):
