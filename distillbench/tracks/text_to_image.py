@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..api import Samples, Student
 from ..conditions import Conditions
+from ..errors import UsageError
 from ..metrics.extractors import Extractor, embedded_extractor, to_uint8
 from ..metrics.images import Reference, image_scores, see, seen_features
 from ..metrics.score import Score
@@ -87,11 +89,17 @@ class PipelineTrack(Track):
         return 2 * self.decode(x) - 1
 
     def export(self, student: Student, folder: Path) -> None:
-        """A pipeline folder for each step count that plain diffusers loads: `pipeline-<steps>`."""
+        """A pipeline folder for each step count that plain diffusers loads: `pipeline-<steps>`; where diffusers has no way to say how the
+        student samples, `pipeline-<steps>.txt` with the reason instead: no ground to lose a student that is trained."""
         from ..teachers.pipelines_export import export_pipeline
 
         for steps in student.steps:
-            export_pipeline(self.opened(), student, steps, folder / f"pipeline-{steps}")
+            beside = folder / f"pipeline-{steps}"
+            try:
+                export_pipeline(self.opened(), student, steps, beside)
+            except UsageError as error:
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.with_suffix(".txt").write_text(f"no pipeline for {steps} steps: {error}\n", encoding="utf-8")
 
     # ------------------------------------------------------------------ scores
 

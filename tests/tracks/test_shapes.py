@@ -14,6 +14,7 @@ from distillbench.data.shapes import CAPTIONS, PER_CAPTION
 from distillbench.errors import BadFileError, UsageError
 from distillbench.metrics.extractors import to_uint8
 from distillbench.metrics.shapes_checker import attributes
+from distillbench.parts.student import FewStepStudent
 from distillbench.teachers import shapes_pipelines
 from distillbench.teachers.cards import read_card
 from distillbench.teachers.shapes_pipelines import PIPELINE
@@ -103,6 +104,15 @@ def test_training_data_is_a_function_of_the_generator(track):
     assert 0.5 < x.std() < 2
     assert conditions.field("tokens").shape[0] == len(source.conditions(8, torch.Generator().manual_seed(0)))
     assert conditions.null().field("tokens").shape == conditions.field("tokens").shape
+
+
+def test_a_student_that_diffusers_cannot_sample_is_kept_without_a_pipeline_and_told_why(tmp_path):
+    track = get_track("shapes-sd")
+    grids = {1: (1.0,), 2: (1.0, 1e-6), 4: (1.0, 0.5, 0.0102, 0.0101)}  # the first row of the table; twice the same row
+    track.export(FewStepStudent(track.opened().denoiser, grids, track.shape), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"pipeline-1", "pipeline-2.txt", "pipeline-4.txt"}
+    assert "no pipeline for 2 steps: the student's last time is the first row" in (tmp_path / "pipeline-2.txt").read_text()
+    assert "LCMScheduler cannot take 4 steps" in (tmp_path / "pipeline-4.txt").read_text()
 
 
 def test_a_changed_file_is_refused(tmp_path, monkeypatch):
