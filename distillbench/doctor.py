@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .errors import BadFileError, DistillbenchError, UsageError
 from .store import store_folder
+from .teachers.zoo import ZOO
 from .torchvision_repair import repair_torchvision
 from .tracks.facts import EXTERNAL, VALIDATES, facts_of
 
@@ -50,7 +51,7 @@ def track_findings(track: str, teacher: str | None = None, data: str | None = No
     if facts.name not in EXTERNAL:
         if teacher or data:
             raise UsageError(f"{facts.name} ships its teacher and data: leave --teacher and --data out")
-        yield from (finding for finding in _zoo() if finding[1].removeprefix("zoo ").startswith(facts.name.removesuffix(VALIDATES)))
+        yield from _shipped_with(facts.name.removesuffix(VALIDATES))
         if facts.name.startswith("digits"):
             yield _data()
         return
@@ -68,7 +69,9 @@ def _given(name: str, teacher: str | None, data: str | None) -> Iterator[Finding
 
     track = get_track(name, teacher, data)
     assert isinstance(track, GivenTrack)
-    if teacher is None:
+    if teacher is None and name in ZOO:
+        yield from _shipped_with(name)
+    elif teacher is None:
         yield "missing", "teacher", f"--teacher PATH: {track.teacher_help}"
     else:
         try:
@@ -135,9 +138,13 @@ def _torchvision() -> Finding:
     return "ok", "torchvision", f"{_version('torchvision')}{', repaired: its compiled part does not load' if repaired else ''}"
 
 
+def _shipped_with(track: str) -> Iterator[Finding]:
+    """The networks of the zoo whose name begins with the track's."""
+    return (finding for finding in _zoo() if finding[1].removeprefix("zoo ").startswith(track))
+
+
 def _zoo() -> Iterator[Finding]:
     from .teachers.cards import read_card
-    from .teachers.zoo import ZOO
 
     for name, entry in ZOO.items():
         try:

@@ -84,7 +84,7 @@ def zoo_rows() -> Rows:
         rows.append({
             "name": entry.name, "what": f"{entry.title} ({entry.cost})",
             "parameters": f"{sum(held.values()) if isinstance(held, dict) else held:,}",
-            "recipe": f"distillbench zoo train {entry.name}", "sha256": card["sha256"][:12],
+            "recipe": f"distillbench zoo train {entry.name}{' --data PATH' if entry.needs_data else ''}", "sha256": card["sha256"][:12],
         })  # fmt: skip
     return rows
 

@@ -1,4 +1,4 @@
-"""The track `emoji@1`: Google's emoji at 64x64 under a pipeline of the user's own, with names that it was not trained on as captions.
+"""The track `emoji@1`: Google's emoji at 64x64, with names that the teacher was not trained on as captions.
 
 Of the 1,906 drawings one in four is held out: their names are the captions, four samples of each, and their drawings the reference. The
 category of a sample is read by least squares on the embedded features, fitted to the training drawings: nothing to ship.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -19,13 +20,12 @@ from ..api import Source
 from ..conditions import Conditions
 from ..data.emoji import FETCH, SIDE, EmojiSet, load_emoji
 from ..metrics.arrays import Array, as_float64
+from ..metrics.categories import RIDGE, CategoryReader
 from ..metrics.extractors import to_uint8
 from ..metrics.images import image_scores, seen_features
 from ..metrics.score import Score, bootstrap, identity
 from .given import GivenTrack
 from .text_to_image import AS_IMAGES
-
-RIDGE = 1.0  # added to the squared singular values, of features of unit variance
 
 
 class EmojiSource(Source):
@@ -54,13 +54,20 @@ class Emoji(GivenTrack):
     """Held against the held-out drawings themselves."""
 
     batch_size: ClassVar[int] = 64
-    teacher_help = "it has no teacher yet; `distillbench zoo train emoji --data PATH --out DIR` makes DIR/pipeline"
+    teacher_help = "a pipeline folder; without one, the shipped"
     data_help = f"the package of the drawings, its .tgz or folder: {FETCH}"
     pipelines = ("StableDiffusionPipeline", "SanaPipeline")
     image_size = (SIDE, SIDE)
 
     def drawings(self, held_out: bool) -> EmojiSet:
         return load_emoji(self.data_path).split(held_out)
+
+    @property
+    def teacher_path(self) -> Path:
+        """The shipped pipeline, unless another is given."""
+        from ..teachers.shapes_pipelines import shipped_pipeline
+
+        return self._teacher or shipped_pipeline("emoji")
 
     def data_checksums(self) -> dict[str, str]:
         return {"drawings": load_emoji(self.data_path).sha256}
@@ -93,20 +100,13 @@ class Emoji(GivenTrack):
     # ------------------------------------------------------------------ scores
 
     @cached_property
-    def _categories(self) -> tuple[Array, Array, Array]:
-        """Mean and deviation of the training drawings' features, and the weights (d + 1, categories) that read a category of them."""
+    def _reader(self) -> CategoryReader:
         train = self.drawings(held_out=False)
-        features = as_float64(self.extractor(train.images))
-        mean, deviation = features.mean(0), features.std(0) + 1e-12
-        x = np.concatenate([(features - mean) / deviation, np.ones((len(features), 1))], 1)
-        wanted = np.eye(len(train.categories))[train.labels.numpy()]
-        return mean, deviation, np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ wanted)
+        return CategoryReader(as_float64(self.extractor(train.images)), train.labels.numpy(), len(train.categories))
 
     def read_categories(self, features: Tensor) -> Array:
         """The category (n,) that each row of features shows, a place in `EmojiSet.categories`."""
-        mean, deviation, weights = self._categories
-        x = (as_float64(features) - mean) / deviation
-        return (x @ weights[:-1] + weights[-1]).argmax(1)
+        return self._reader.read(as_float64(features))
 
     def agreement(self, features: Tensor, labels: Tensor, how: str) -> Score:
         """The share of rows whose category is that of their caption; the interval over captions, `per_prompt` rows each."""

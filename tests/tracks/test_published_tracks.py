@@ -15,6 +15,7 @@ import distillbench as package
 import method_files
 import toy_pipelines
 from distillbench import tracks
+from distillbench.data import emoji
 from distillbench.data.image_folder import ImageFolder
 from distillbench.errors import BadFileError, UsageError
 from distillbench.jobs import Job
@@ -25,6 +26,7 @@ from distillbench.published_weights import WEIGHTS
 from distillbench.records import RunRecord
 from distillbench.runner import execute
 from distillbench.store import Store
+from distillbench.teachers.zoo import zoo_card
 from distillbench.tracks import get_track, measures
 from distillbench.tracks.facts import EXTERNAL, FACTS, facts_of
 from distillbench.tracks.given import Prompts
@@ -303,7 +305,22 @@ def test_emoji_is_trained_and_run_at_toy_size(tmp_path, monkeypatch, distillbenc
     assert "tokens" in drawn
 
 
-def test_emoji_says_that_it_has_no_teacher(tmp_path, monkeypatch):
+def test_emoji_ships_its_teacher_and_needs_the_drawings_alone(tmp_path, monkeypatch):
+    card = zoo_card("emoji")
+    assert (card["data"]["sha256"], card["data"]["images"]) == (emoji.PACKAGE.sha256, 1408)
+    with pytest.raises(UsageError, match=r"needs --data PATH: the package of the drawings.*npm pack"):
+        get_track("emoji").prompts()
     expect_emoji(monkeypatch, files := emoji_files())
-    with pytest.raises(UsageError, match="no teacher yet; `distillbench zoo train emoji --data PATH"):
-        get_track("emoji", None, str(write_files(files, tmp_path))).opened()
+    track = get_track("emoji", None, str(write_files(files, tmp_path)))
+    assert (track.shape, track.image_size, track.guidance) == ((16, 8, 8), (64, 64), card["guidance_scale"])
+    conditions = track.opened().conditions(["grinning face", "flag of sweden"])
+    both = track.sample_teacher(conditions, [5, 6], 2).x
+    assert torch.allclose(both[1:], track.sample_teacher(conditions[[1]], [6], 2).x, atol=1e-5)
+    assert not torch.allclose(both[:1], track.sample_teacher(conditions[[1]], [5], 2).x, atol=1e-2)
+
+
+def test_the_card_of_emojis_teacher_says_what_it_is_worth():
+    scores = zoo_card("emoji")["scores"]
+    guided = scores["guidance 2"]
+    assert scores["autoencoder"]["fd"] < guided["50 steps"]["fd"] < guided["4 steps"]["fd"] < guided["1 steps"]["fd"]
+    assert guided["50 steps"]["label-agreement"] > 1.5 * 95 / scores["n"]  # the largest category has 95 of the held-out names
