@@ -131,7 +131,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"{machine(options.threads)}; clean-fid with {options.workers} workers; median of {options.rounds} rounds in turns")
+    rounds = f"median of {options.rounds} rounds in turns, {NARROW_ROUNDS} of the narrow statistics"
+    print(f"{machine(options.threads)}; clean-fid with {options.workers} workers; {rounds}")
     print(heading("scoring", "ours ms", "clean-fid ms"))
     with tempfile.TemporaryDirectory() as folder:
         for row in compare(options.n, options.side, options.rounds, options.workers, Path(folder)):
