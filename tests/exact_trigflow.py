@@ -12,10 +12,7 @@ from torch import Tensor, nn
 
 from distillbench.api import Conditions
 from distillbench.diffusion import Denoiser
-from distillbench.parts.trigflow import (
-    HALF_PI,
-    TrigFlow,
-)
+from distillbench.parts.trigflow import HALF_PI, TrigFlow
 
 N, D = 9, 3
 FLOWS = (TrigFlow(), TrigFlow(0.5), TrigFlow(0.5, 0.5), TrigFlow(2.0, 0.7))
