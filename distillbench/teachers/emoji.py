@@ -27,10 +27,10 @@ from ..metrics.frechet import frechet_distance
 from ..randomness import generator_for
 from ..torchvision_repair import repair_torchvision
 from .cards import CARD
-from .diffusers import SETTINGS, DiffusersTeacher, open_pipeline, quiet
+from .diffusers import DiffusersTeacher, open_pipeline
 from .shapes import EMA, UNCONDITIONAL, UNET, WARM_UP, Parts, noisy
 from .shapes_autoencoders import KL_CONFIG, NOISE, PENALTY, as_input, latents_of
-from .shapes_pipelines import EVALUATED, EVALUATION_SEED, PIPELINE, assembled, pipeline_sha256, readable, sampled
+from .shapes_pipelines import EVALUATED, EVALUATION_SEED, pipeline_sha256, sampled, write_pipeline
 from .shapes_text import LENGTH, clip_encoder, embed, seeded, token_ids
 
 STEPS = {"autoencoder": 3600, "denoiser": 6000}
@@ -73,11 +73,7 @@ def train(folder: Path, progress: Callable[[str], None], *, data: Path, steps: M
 
 def finish(parts: Parts, drawings: EmojiSet, folder: Path, cost: Mapping[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
     """Write the pipeline in half precision, open it again as users do, sample and score it, and write its card."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with quiet():
-        assembled(parts).to("cpu", torch.float16).save_pretrained(folder / PIPELINE, safe_serialization=True)
-    (folder / PIPELINE / SETTINGS).write_text(json.dumps({"guidance": GUIDANCE}) + "\n", encoding="utf-8")
-    readable(folder / PIPELINE)
+    pipeline = write_pipeline(parts, folder, {"guidance": GUIDANCE})
     longest = max(len(ids) for ids in parts.tokenizer(list(drawings.captions)).input_ids)
     components = (("denoiser", parts.network), ("text encoder", parts.encoder), ("autoencoder", parts.autoencoder))
     card = {
@@ -91,8 +87,8 @@ def finish(parts: Parts, drawings: EmojiSet, folder: Path, cost: Mapping[str, An
         "longest caption": f"{longest} of {parts.tokenizer.model_max_length} tokens",
         "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in components},
         "guidance_scale": GUIDANCE,
-        "scores": own_scores(open_pipeline(folder / PIPELINE), drawings, progress),
-        "sha256": pipeline_sha256(folder / PIPELINE),
+        "scores": own_scores(open_pipeline(pipeline), drawings, progress),
+        "sha256": pipeline_sha256(pipeline),
     }  # fmt: skip
     (folder / CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return card

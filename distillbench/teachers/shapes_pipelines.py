@@ -84,14 +84,9 @@ def assembled(parts: Parts) -> Any:
 
 def finish(parts: Parts, folder: Path, made: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
     """Write the pipeline in half precision, open it again as users do, sample and score it, and write its card."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with quiet():
-        assembled(parts).to(dtype=torch.float16).save_pretrained(folder / PIPELINE, safe_serialization=True)
-    if parts.kind == "shapes-sana":  # captions alone, not SANA's long instruction before them
-        settings = {"complex_human_instruction": None, "max_sequence_length": LENGTH}
-        (folder / PIPELINE / SETTINGS).write_text(json.dumps(settings) + "\n", encoding="utf-8")
-    readable(folder / PIPELINE)
-    teacher = open_pipeline(folder / PIPELINE)
+    # SANA: captions alone, not the long instruction before them
+    settings = {"complex_human_instruction": None, "max_sequence_length": LENGTH} if parts.kind == "shapes-sana" else None
+    teacher = open_pipeline(write_pipeline(parts, folder, settings))
     scale = GUIDANCE[parts.kind]
     progress("sampling for the reference")
     captions = [caption for caption in evaluation_scenes()[1] for _ in range(PER_PROMPT)]
@@ -119,10 +114,17 @@ def finish(parts: Parts, folder: Path, made: dict[str, Any], progress: Callable[
     return card
 
 
-def readable(folder: Path) -> None:
-    """Let all users read what is in it: safetensors makes files that other users of an installed package cannot read."""
-    for file in folder.rglob("*"):
+def write_pipeline(parts: Parts, folder: Path, settings: dict[str, Any] | None = None) -> Path:
+    """The pipeline in half precision in `folder`, settings beside its index; returns where. All users may read it: safetensors alone makes
+    files that other users of an installed package cannot read."""
+    pipeline = folder / PIPELINE
+    with quiet():
+        assembled(parts).to("cpu", torch.float16).save_pretrained(pipeline, safe_serialization=True)
+    if settings is not None:
+        (pipeline / SETTINGS).write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    for file in pipeline.rglob("*"):
         file.chmod(0o755 if file.is_dir() else 0o644)
+    return pipeline
 
 
 def pipeline_sha256(folder: Path) -> str:

@@ -62,8 +62,8 @@ class Emoji(GivenTrack):
     def drawings(self, held_out: bool) -> EmojiSet:
         return load_emoji(self.data_path).split(held_out)
 
-    @property
-    def teacher_path(self) -> Path:
+    @cached_property
+    def teacher_path(self) -> Path:  # type: ignore[override]
         """The shipped pipeline, unless another is given."""
         from ..teachers.shapes_pipelines import shipped_pipeline
 
